@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a driver is: the contract between the engine and storage, format and filter drivers.
+ *
+ * A *storage* driver moves bytes.  A *format* driver is a map: it answers where guest bytes are and
+ * makes room for new ones, and never moves guest data itself.  A driver is one `static const struct
+ * driver` with designated initialisers at the end of its file, listed in disk/registry.c.
+ *
+ * Only the engine calls a slot, through wrappers (disk/io.c) that check range, alignment, flags and
+ * permission before, and the answer after; so a driver may trust its arguments and the engine does
+ * not trust the driver's answers.  A missing slot means the documented default.
+ *
+ * Context: all slots run in tasks of the node's loop unless said otherwise.  Slots whose name ends
+ * in _co may suspend.  Ranges are half-open [offset, offset + length), bytes; length is never 0;
+ * the range lies inside the node (engine-checked) and sums do not overflow (sizes are below 2^63).
+ */
+#ifndef STRATA_DISK_DRIVER_H
+#define STRATA_DISK_DRIVER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/uio.h>
+#include <jansson.h>
+#include "base/opt.h"
+
+struct err;
+struct node;
+struct open_ctx;
+struct create_ctx;
+struct driver;
+
+/* ---------------------------------------------------------------- the map */
+
+enum extent_kind {
+    EXTENT_HOLE, /* this layer has nothing: the layer below decides; without one it reads as zeros
+                  */
+    EXTENT_ZERO, /* reads as zeros whatever lies below */
+    EXTENT_DATA, /* bytes lie at host_offset of `storage`, in the same order */
+    EXTENT_CODED /* one unit that node->codec must decode; see coded_* */
+};
+
+enum extent_flags {
+    /* DATA: the bytes belong to this guest range alone and may be overwritten where they are. */
+    EXTENT_IN_PLACE = 1,
+    /* ZERO: host space is allocated at host_offset (a preallocated zero cluster). */
+    EXTENT_ALLOCATED = 2,
+};
+
+struct extent {
+    uint64_t length; /* >= 1 and at most what was asked for */
+    enum extent_kind kind;
+    unsigned flags;
+    struct node *storage; /* DATA, CODED, and ZERO with EXTENT_ALLOCATED */
+    uint64_t host_offset;
+    /*
+     * CODED only.  The whole coded unit covers guest bytes [unit_offset, unit_offset + unit_length)
+     * and its code lies in [host_offset, host_offset + coded_length) of storage; coded_length is an
+     * upper bound (bytes behind the code may be anything; past the end of storage they read as
+     * zeros). `length` runs to the end of the unit at most.
+     */
+    uint64_t unit_offset;
+    uint32_t unit_length;
+    uint32_t coded_length;
+};
+
+/*
+ * Pure functions, run on worker threads without any node: decode fills all `out_len` bytes or fails
+ * with -EIO; encode returns the coded length (> 0), or -ENOSPC when the result would not be smaller
+ * than `out_cap`, or -errno.
+ */
+struct codec {
+    const char *name;
+    int (*decode)(const void *in, size_t in_len, void *out, size_t out_len);
+    ssize_t (*encode)(const void *in, size_t in_len, void *out, size_t out_cap);
+};
+
+enum place_flags {
+    PLACE_CODED = 1, /* coded_length bytes of code for the whole unit [offset, offset + length) */
+};
+
+/*
+ * Room for a write.  Filled by place_co; given back unchanged to exactly one of publish_co and
+ * abandon.  The engine writes [host_offset, host_offset + length) with the new data and, when
+ * is_new, the head [host_offset - head, host_offset) and tail behind with what the guest range
+ * around it reads today (copy on write), so that whole units are valid before publish.
+ */
+struct placement {
+    uint64_t offset; /* guest */
+    uint64_t length; /* guest bytes handled: >= 1, at most what was asked for */
+    struct node *storage;
+    uint64_t host_offset;
+    uint32_t head, tail; /* bytes around the range that belong to the same units; 0 unless is_new */
+    bool is_new; /* fresh room, not yet reachable; false: overwrite in place, publish may be a no-op
+                  */
+    bool reads_zero; /* fresh room known to read as zeros: zero parts need not be written */
+    uint32_t coded_length;
+    uint64_t cookie[2]; /* the driver's own */
+};
+
+enum zero_flags {
+    ZERO_MAY_UNMAP =
+        1, /* host space may be given back; without it, allocated space stays allocated */
+    ZERO_NO_FALLBACK = 2, /* storage: -ENOTSUP rather than writing zeros slowly */
+    ZERO_FUA = 4,
+};
+
+struct map_flags_doc; /* (no flags yet: map answers alike for reading, status and copying) */
+
+/* What `check` found.  Counters are exact; the list of problems is bounded by the reporter. */
+struct check_result {
+    uint64_t corruptions, leaks, check_errors;
+    uint64_t total_clusters, allocated_clusters, fragmented_clusters, compressed_clusters;
+    uint64_t image_end_offset;
+    /* Called for each problem, in the words of the user's side; may be NULL. */
+    void (*report)(void *arg, bool is_leak, const char *text);
+    void (*progress)(void *arg, uint64_t done, uint64_t total);
+    void *arg;
+};
+
+struct measure_result {
+    uint64_t required, fully_allocated;
+};
+
+struct format_ops {
+    /*
+     * How likely `buf` (the first `len` <= 64 KiB bytes of the storage, zero-filled behind the end)
+     * is an image of this format: 0 no .. 100 certain.  `name` is the file name or NULL.  Pure.
+     */
+    int (*probe)(const uint8_t *buf, size_t len, uint64_t size, const char *name);
+
+    /* Creation lays an empty image of opts->size bytes onto `file` (an open, empty, writable node).
+     */
+    int (*create_co)(struct node *file, const void *create_opts, struct create_ctx *ctx,
+                     struct err *e);
+
+    /*
+     * Longest run from `offset` with one answer.  Never writes.  -EIO on damage met on the way (the
+     * image is not changed by reading).  Called under a shared range lock on the range.
+     */
+    int (*map_co)(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
+
+    /*
+     * Makes room; see struct placement.  Called under an exclusive range lock that covers the whole
+     * units (granularity) around the range, held until publish or abandon has returned.  -ENOSPC,
+     * -EIO, -EFBIG. NULL: read-only format.
+     */
+    int (*place_co)(struct node *n, uint64_t offset, uint64_t length, unsigned flags,
+                    uint32_t coded_length, struct placement *out);
+    /*
+     * The data is on its way (written, not flushed): link it in.  After 0 a map must answer with
+     * the new place.  On error the old content stays linked and the room has been given back.
+     */
+    int (*publish_co)(struct node *n, const struct placement *p);
+    void (*abandon)(struct node *n, const struct placement *p);
+
+    /*
+     * Make [offset, +length), whole units (or up to the end of disk), read as zeros.  NULL or
+     * -ENOTSUP: the engine writes zeros.  Under an exclusive range lock.
+     */
+    int (*set_zero_co)(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
+    /*
+     * Drop whole units.  They may read as anything old or zeros afterwards, never as other data; a
+     * format with a layer below must not let old backing content shine through (it sets zero
+     * instead).  NULL: nothing happens.
+     */
+    int (*discard_co)(struct node *n, uint64_t offset, uint64_t length);
+    /* New guest size.  Called drained.  `prealloc` is an enum prealloc. NULL: -ENOTSUP. */
+    int (*resize_co)(struct node *n, uint64_t size, int prealloc, struct err *e);
+    /*
+     * All metadata of writes acknowledged before the call reaches stable storage, in the order the
+     * law demands, data first (DESIGN, "Write order").  Calls disk_flush_co on its storage as often
+     * as the order needs, the last time after its last write.  NULL: the engine flushes the
+     * children.
+     */
+    int (*flush_co)(struct node *n);
+
+    int (*check_co)(struct node *n, struct check_result *r, struct err *e);
+    /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
+    json_t *(*describe)(struct node *n);
+    /* Bytes that a new image with these options needs for `size` guest bytes of which `data` are
+     * data. */
+    int (*measure)(const void *create_opts, uint64_t size, uint64_t data,
+                   struct measure_result *out, struct err *e);
+};
+
+/* ---------------------------------------------------------------- storage */
+
+enum storage_kind_flags {
+    STORAGE_ZERO_INIT = 1, /* bytes never written, and those of a grown file, read as zeros */
+};
+
+struct storage_ops {
+    /* All move exactly `length` bytes (short system calls are finished inside) or fail with -errno.
+     * Reads past the end of the storage fill with zeros. `flags`: IO_BULK, IO_FUA (writes). Writes
+     * past the end grow the storage where the driver can. */
+    int (*preadv_co)(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
+                     int niov, unsigned flags);
+    int (*pwritev_co)(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
+                      int niov, unsigned flags);
+    /* NULL or -ENOTSUP: the engine writes zeros. */
+    int (*zero_co)(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
+    int (*discard_co)(struct node *n, uint64_t offset, uint64_t length); /* NULL: nothing happens */
+    int (*flush_co)(struct node *n);                                     /* NULL: nothing to do */
+    int (*truncate_co)(struct node *n, uint64_t size, int prealloc, struct err *e);
+    /*
+     * Longest run of DATA or ZERO from `offset` (SEEK_DATA/SEEK_HOLE).  kind is DATA (host_offset =
+     * offset, storage = n) or ZERO. NULL: all DATA.
+     */
+    int (*extents_co)(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
+    /* Allocated bytes on the host, or -errno. NULL: unknown. */
+    int64_t (*allocated)(struct node *n);
+    /*
+     * Copies between two nodes of this same driver inside the kernel (reflink, copy_file_range).
+     * Returns 0, or -ENOTSUP/-EXDEV: the engine copies by hand.  NULL: cannot.
+     */
+    int (*copy_range_co)(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
+                         uint64_t length);
+    /*
+     * Creation of the named storage object: `create_opts` holds name and size.  Leaves it open in n
+     * when that is how the driver works.  See struct create_ctx.
+     */
+    int (*create_co)(struct node *n, struct create_ctx *ctx, struct err *e);
+    /* Gives an unnamed object its final name, atomically, after syncing it. */
+    int (*link_co)(struct node *n, const char *name, bool replace, struct err *e);
+};
+
+/* ---------------------------------------------------------------- driver */
+
+enum driver_kind { DRIVER_STORAGE, DRIVER_FORMAT, DRIVER_FILTER };
+
+struct driver {
+    const char *name; /* as in driver=NAME */
+    enum driver_kind kind;
+    const char *help; /* one line for the tables of formats and protocols */
+    /* NULL-terminated "scheme:" prefixes of file names that belong to this storage driver. */
+    const char *const *prefixes;
+
+    size_t state_size;             /* node->state, zeroed */
+    const struct opt *opts;        /* open and runtime rows (OPT_OPEN) */
+    size_t opts_size;              /* of the struct they fill: node->opts */
+    const struct opt *create_opts; /* rows with OPT_CREATE */
+    size_t create_opts_size;
+
+    /* Storage: turns a plain name (prefix included) into option keys of `tree`. NULL: {"filename":
+     * name}. */
+    int (*parse_name)(const char *name, json_t *tree, struct err *e);
+    /*
+     * Opens: node->opts is filled, node->flags and permissions are set.  Formats open their
+     * children with node_open_child_co() and set size, granularity, codec ...  On error the engine
+     * calls close_co on the half-built state: it must cope.
+     */
+    int (*open_co)(struct node *n, struct open_ctx *ctx, struct err *e);
+    /* Flushes nothing by itself (the engine has flushed); releases. */
+    void (*close_co)(struct node *n);
+    /*
+     * Changes between read-only and read-write (and permissions) on the open node: acquires the new
+     * before dropping the old; on error nothing has changed. NULL: only when no change is needed.
+     */
+    int (*reopen_co)(struct node *n, unsigned new_flags, struct err *e);
+
+    const struct storage_ops *storage;
+    const struct format_ops *format;
+};
+
+/* preallocation= values, in this order, for every driver's tables. */
+enum prealloc { PREALLOC_OFF, PREALLOC_METADATA, PREALLOC_FALLOC, PREALLOC_FULL };
+extern const char *const prealloc_names[]; /* "off", "metadata", "falloc", "full", NULL */
+
+/* ---------------------------------------------------------------- registry (disk/registry.c) */
+extern const struct driver *const driver_table[];   /* NULL-terminated, drivers of this build */
+const struct driver *driver_find(const char *name); /* NULL: none */
+const struct driver *driver_for_prefix(const char *file_name); /* by "scheme:"; NULL: none */
+
+#endif

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Nodes: one open storage, format or filter instance each, joined to a graph by named children.
+ *
+ *      format node (qcow2) --file--> storage node (file)
+ *           \--backing--> format node (raw) --file--> storage node (file)
+ *
+ * Invariants
+ *  1. A node belongs to one loop; its metadata has that single writer.  Everything here is for
+ * tasks of that loop.
+ *  2. A node holds one reference on each child; the graph has no cycles and is at most
+ *     GRAPH_DEPTH_MAX deep.
+ *  3. `perm` is what this node's users may do, `shared` what they allow others to do meanwhile; the
+ *     storage driver turns the two into byte-range locks (file_lock.h).  A request that needs a
+ * permission the node lacks fails with -EACCES (asserted for our own mistakes in debug builds).
+ *  4. size, granularity, request_align, codec are set by the driver's open_co and resize, else
+ * constant.
+ */
+#ifndef STRATA_DISK_NODE_H
+#define STRATA_DISK_NODE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <jansson.h>
+#include "disk/driver.h"
+#include "disk/range_lock.h"
+#include "runtime/task.h"
+
+struct loop;
+
+/* A chain of 100 images works; beyond this the open is refused, so recursion and work stay bounded.
+ */
+#define GRAPH_DEPTH_MAX 256
+
+/* Same bits as QEMU's lock bytes (locking.md): 100 + bit number, 200 + bit number. */
+enum perm {
+    PERM_CONSISTENT_READ = 1,
+    PERM_WRITE = 2,
+    PERM_WRITE_UNCHANGED = 4,
+    PERM_RESIZE = 8,
+    PERM_ALL = 15,
+};
+
+enum node_flags {
+    NODE_RW = 1,
+    NODE_DIRECT = 2,       /* O_DIRECT below (cache none, directsync) */
+    NODE_NO_FLUSH = 4,     /* flushes are no-ops (cache unsafe, throw-away overlays) */
+    NODE_WRITETHROUGH = 8, /* every write completes on stable storage (writethrough, directsync) */
+    NODE_UNMAP = 16, /* discards reach the storage (discard=unmap), else they stay in the format */
+    NODE_FORCE_SHARE = 32, /* read without insisting that nobody writes (-U) */
+    NODE_NO_LOCK = 64,     /* locking=off */
+    NODE_CHECK = 128, /* opened to be examined: formats open damaged images as far as they can */
+};
+
+struct node {
+    const struct driver *drv;
+    struct loop *loop;
+    unsigned refs;
+    char *name;     /* node-name, for messages and lookup; never NULL */
+    char *filename; /* as a user would name it, for messages ("json:{...}" when nothing shorter
+                       fits) */
+    unsigned flags;
+    unsigned perm, shared;
+
+    void *state; /* drv->state_size bytes */
+    void *opts;  /* drv->opts_size bytes, filled from the option tree */
+
+    uint64_t size;        /* guest-visible bytes */
+    uint32_t granularity; /* format: unit of place, set_zero, discard (cluster); storage: 1 */
+    uint32_t
+        request_align; /* storage: offset, length and memory must be multiples (O_DIRECT), else 1 */
+    unsigned storage_flags;    /* enum storage_kind_flags */
+    const struct codec *codec; /* format with coded units */
+
+    struct node *file;    /* format, filter: where its bytes lie */
+    struct node *backing; /* format: what holes read as; NULL none */
+    char *backing_name;   /* what the image's header claims, unopened too; NULL none */
+    char *backing_format; /* recorded format of it; NULL none */
+
+    struct range_lock locks; /* orders requests (io.c) */
+    unsigned in_flight;      /* requests inside the engine */
+    unsigned quiesce;        /* > 0: new requests wait */
+    struct waitq drained, resumed;
+    struct bounce_cache *bounce; /* engine's own (io.c) */
+};
+
+static inline bool node_is_rw(const struct node *n) {
+    return n->flags & NODE_RW;
+}
+struct node *node_ref(struct node *n);
+/* Drops a reference; the last one flushes (errors are lost here: who cares flushes first), closes
+ * and frees, children after. */
+void node_unref_co(struct node *n);
+
+/*
+ * Waits until no request is inside `n` and holds new ones back until node_resume().  Nests.
+ */
+void node_quiesce_co(struct node *n);
+void node_resume(struct node *n);
+
+/*
+ * Changes the node and, as its driver needs, its children between read-only and read-write.  All or
+ * nothing.  Used by commit, which opens its base read-only until asked.
+ */
+int node_reopen_co(struct node *n, bool rw, struct err *e);
+
+/* Storage and format under all filters: the node that `raw` and friends put their bytes on. */
+struct node *node_storage(struct node *n);
+
+#endif

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Temporary snapshots: a throw-away qcow2 overlay in an unnamed file over any node.
+ *
+ * The scratch file never has a name (O_TMPFILE, else created and unlinked at once), so the space is
+ * returned on any exit, kill -9 included.  While it is thrown away nothing is flushed.  Its folder:
+ * `dir`, else $TMPDIR, else /var/tmp.
+ */
+#ifndef STRATA_DISK_OVERLAY_H
+#define STRATA_DISK_OVERLAY_H
+
+#include <stdint.h>
+
+struct node;
+struct err;
+
+struct overlay_opts {
+    const char *scratch_dir; /* NULL: $TMPDIR, else /var/tmp */
+    uint64_t scratch_size;   /* cap in bytes; 0: none.  Beyond it writes fail with -ENOSPC */
+};
+
+/* Takes over the caller's reference to `base` on success.  The result is a read-write node. */
+int overlay_create_co(struct node *base, const struct overlay_opts *opts, struct node **out,
+                      struct err *e);
+/*
+ * Saves the overlay as a proper qcow2 file `name` whose backing file is the base's own name:
+ * flushed, copied when the scratch folder is on another file system, linked in atomically.  The
+ * overlay stays usable.  -EEXIST unless `replace`.
+ */
+int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct err *e);
+/* Host bytes that the overlay uses now. */
+int64_t overlay_allocated(struct node *overlay);
+
+#endif

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The NBD server: one node, any number of clients, one loop.
+ *
+ * Fixed newstyle, structured replies, base:allocation (protocols.md, "NBD").  A client that breaks
+ * the protocol loses its connection; nobody else notices.
+ */
+#ifndef STRATA_EXPORT_NBD_SERVER_H
+#define STRATA_EXPORT_NBD_SERVER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct loop;
+struct node;
+struct err;
+struct nbd_server;
+
+struct nbd_export {
+    const char *name;        /* "" = default export; a client asking for "" gets the only export */
+    const char *description; /* NULL none */
+    struct node *node;       /* borrowed: outlives the server */
+    bool read_only;
+};
+
+struct nbd_server_opts {
+    struct nbd_export export;
+    unsigned max_clients;         /* 0: 100 */
+    int64_t handshake_timeout_ns; /* 0: 10 s */
+    /* Called in loop context when the number of connected clients has become 0 after at least one.
+     */
+    void (*on_idle)(void *arg);
+    void *arg;
+    bool verbose; /* log each connection and protocol error through log.h */
+};
+
+int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct nbd_server **out,
+                   struct err *e);
+/* Adds a listening socket (non-blocking; taken over).  Accepts until stopped. */
+int nbd_server_listen(struct nbd_server *s, int listen_fd, struct err *e);
+/* Adds one already connected socket (taken over). */
+int nbd_server_attach(struct nbd_server *s, int fd, struct err *e);
+unsigned nbd_server_clients(const struct nbd_server *s);
+/* Stops accepting, lets requests in flight finish (bounded by a few seconds for dead peers),
+ * disconnects, waits. */
+void nbd_server_stop_co(struct nbd_server *s);
+void nbd_server_free(struct nbd_server *s); /* after stop */
+
+/* ---- listening sockets ---- */
+/* Unix socket at `path` (a stale socket file is replaced after a connect shows nobody there).
+ * -EADDRINUSE. */
+int nbd_listen_unix(const char *path, struct err *e);
+/* host NULL: loopback only.  port 0: any free one, reported through *port. */
+int nbd_listen_tcp(const char *host, uint16_t *port, struct err *e);
+
+#endif
