@@ -9,6 +9,7 @@
 #ifndef STRATA_DISK_OVERLAY_H
 #define STRATA_DISK_OVERLAY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct node;
