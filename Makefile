@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+# The front door.  meson and ninja do the work; each target here is one command to remember.
+#
+#   make setup         install what building and testing need (Debian packages)
+#   make               build into build/
+#   make try           boot a real guest on a throw-away disk and show that nothing stays
+#   make test          every test, on a fresh machine too: setup, build, unit, cli, interop
+#   make bench         strata beside its peers, one table
+#   make asan          the build with AddressSanitizer and UBSan, into build-asan/
+#   make format-check  is every source file formatted?   (make format does it)
+#   make install       DESTDIR and PREFIX as usual
+
+BUILD ?= build
+PREFIX ?= /usr/local
+DESTDIR ?=
+JOBS ?= $(shell nproc)
+
+export BUILD
+
+all: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) -j $(JOBS)
+
+$(BUILD)/build.ninja:
+	@command -v meson >/dev/null || { echo "meson is missing: run 'make setup' first" >&2; exit 1; }
+	meson setup $(BUILD) --prefix=$(PREFIX)
+
+setup:
+	@scripts/setup.sh
+
+try: setup all
+	@scripts/try.sh
+
+test: setup all
+	@scripts/test.sh
+
+bench: setup all
+	@/usr/bin/python3 bench/run.py
+
+asan:
+	@test -f build-asan/build.ninja || CC=clang meson setup build-asan \
+	    -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized
+	@ninja -C build-asan -j $(JOBS)
+
+format-check:
+	@scripts/format.sh --dry-run -Werror
+
+format:
+	@scripts/format.sh -i
+
+install: all
+	meson configure $(BUILD) --prefix=$(PREFIX)
+	DESTDIR=$(DESTDIR) meson install -C $(BUILD) --no-rebuild
+
+clean:
+	rm -rf $(BUILD) build-asan build-gcc build-clang
+
+.PHONY: all setup try test bench asan format-check format install clean

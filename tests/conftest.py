@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""What every Python test shares: where strata is, and how to run it.
+
+STRATA names the program (default: $BUILD/src/strata, build/ when unset).  A peer that is missing
+fails the test that needs it: nothing is skipped.
+"""
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STRATA = os.environ.get("STRATA") or str(ROOT / os.environ.get("BUILD", "build") / "src/strata")
+
+
+@pytest.fixture(scope="session")
+def strata():
+    """Path of the program under test."""
+    assert os.access(STRATA, os.X_OK), f"{STRATA} is not there: run `make` first"
+    return STRATA
+
+
+@pytest.fixture(scope="session")
+def run(strata):
+    """run("info", "a.qcow2", status=0) -> CompletedProcess with text output.
+
+    The exit status is checked against `status` (None: any).
+    """
+
+    def call(*args, status=0, timeout=120, **kw):
+        kw.setdefault("stdin", subprocess.DEVNULL)
+        p = subprocess.run([strata, *map(str, args)], capture_output=True, text=True,
+                           errors="replace", timeout=timeout, **kw)
+        if status is not None:
+            assert p.returncode == status, (
+                f"strata {' '.join(map(str, args))}: exit {p.returncode}, expected {status}\n"
+                f"--- stdout\n{p.stdout}\n--- stderr\n{p.stderr}")
+        return p
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """peer("qemu-img", "check", name) -> CompletedProcess; fails when the peer is missing."""
+
+    def call(prog, *args, status=0, timeout=120, **kw):
+        path = shutil.which(prog)
+        assert path, f"{prog} is missing: run `make setup`"
+        kw.setdefault("stdin", subprocess.DEVNULL)
+        p = subprocess.run([path, *map(str, args)], capture_output=True, text=True,
+                           errors="replace", timeout=timeout, **kw)
+        if status is not None:
+            assert p.returncode == status, (
+                f"{prog} {' '.join(map(str, args))}: exit {p.returncode}, expected {status}\n"
+                f"--- stdout\n{p.stdout}\n--- stderr\n{p.stderr}")
+        return p
+
+    return call
