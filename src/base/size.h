@@ -8,9 +8,10 @@
 struct err;
 
 /*
- * Parses "4096", "64k", "1.5G", "10b" (b = bytes), suffixes b k K M G T P E, each 1024 times the
- * one before, an optional fraction with any suffix but b.  Rejects signs, blanks, trailing bytes
- * and anything above INT64_MAX.  Returns 0, or -EINVAL / -ERANGE with `what` named in the error.
+ * Parses "4096", "64k", "1.5G", "10b" (b = bytes), suffixes b k M G T P E of either case, each 1024
+ * times the one before, an optional fraction with any suffix but b; or "0x" and hex digits, bytes.
+ * Rejects signs, blanks, trailing bytes and anything above INT64_MAX.  Returns 0, or -EINVAL /
+ * -ERANGE with `what` named in the error.
  */
 int size_parse(const char *s, const char *what, uint64_t *out, struct err *e);
 

@@ -137,3 +137,16 @@ unsigned str_distance(const char *a, const char *b) {
     }
     return row[an % 3][bn];
 }
+
+void str_nearest_offer(struct str_nearest *n, const char *word, const char *candidate) {
+    size_t len = strnlen(word, 64);
+    unsigned d = str_distance(word, candidate);
+    /* A beginning of the right word is as good as one slip: "cluster" for "cluster_size". */
+    if (len >= 2 && !strncmp(word, candidate, len) && d > 1)
+        d = 1;
+    /* One slip in four letters, and never as many as would make any short word fit. */
+    if (d > 1 + len / 4 || d >= len)
+        return;
+    if (!n->best || d < n->distance)
+        *n = (struct str_nearest){candidate, d};
+}

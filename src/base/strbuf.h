@@ -31,4 +31,14 @@ void strbuf_put_safe(struct strbuf *b, const char *s, size_t len);
 /* Edit distance, for "did you mean"; bounded work: strings are cut at 64 bytes. */
 unsigned str_distance(const char *a, const char *b);
 
+/*
+ * "Did you mean": start with {0}, offer every candidate; `best` is then the nearest one that is
+ * near enough to be meant, or NULL.
+ */
+struct str_nearest {
+    const char *best;
+    unsigned distance;
+};
+void str_nearest_offer(struct str_nearest *n, const char *word, const char *candidate);
+
 #endif
