@@ -13,6 +13,8 @@
  * first; the limit lets slices live on a task's stack (16 bytes each: 1 KiB).
  */
 #define IOV_MAX_STRATA 64
+/* What a caller of the engine may pass: copy-on-write adds a head and a tail. */
+#define IOV_MAX_REQUEST (IOV_MAX_STRATA - 2)
 
 size_t iov_length(const struct iovec *iov, int n);
 /*

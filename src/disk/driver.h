@@ -106,8 +106,6 @@ enum zero_flags {
     ZERO_FUA = 4,
 };
 
-struct map_flags_doc; /* (no flags yet: map answers alike for reading, status and copying) */
-
 /* What `check` found.  Counters are exact; the list of problems is bounded by the reporter. */
 struct check_result {
     uint64_t corruptions, leaks, check_errors;
@@ -153,6 +151,7 @@ struct format_ops {
      * the new place.  On error the old content stays linked and the room has been given back.
      */
     int (*publish_co)(struct node *n, const struct placement *p);
+    /* For a placement that is not new: nothing to give back. */
     void (*abandon)(struct node *n, const struct placement *p);
 
     /*

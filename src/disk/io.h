@@ -7,7 +7,7 @@
  * outside the node: -EINVAL (reads, status) or -ENOSPC (writes beyond the end of a fixed-size
  * node).  On an error of a write, each byte of its range holds old or new content.
  *
- * Buffers belong to the caller and stay valid until return.  niov is at most IOV_MAX_STRATA.
+ * Buffers belong to the caller and stay valid until return.  niov is at most IOV_MAX_REQUEST.
  *
  * Format drivers use the same functions on their children for metadata.
  */

@@ -31,6 +31,8 @@ struct loop;
 /* A chain of 100 images works; beyond this the open is refused, so recursion and work stay bounded.
  */
 #define GRAPH_DEPTH_MAX 256
+/* Nodes stacked by `file` (raw on qcow2 on raw ...): requests recurse through them. */
+#define GRAPH_FILE_DEPTH_MAX 8
 
 /* Same bits as QEMU's lock bytes (locking.md): 100 + bit number, 200 + bit number. */
 enum perm {
@@ -47,8 +49,11 @@ enum node_flags {
     NODE_NO_FLUSH = 4,     /* flushes are no-ops (cache unsafe, throw-away overlays) */
     NODE_WRITETHROUGH = 8, /* every write completes on stable storage (writethrough, directsync) */
     NODE_UNMAP = 16, /* discards reach the storage (discard=unmap), else they stay in the format */
-    NODE_FORCE_SHARE = 32, /* read without insisting that nobody writes (-U) */
-    NODE_NO_LOCK = 64,     /* locking=off */
+    NODE_FORCE_SHARE = 32,    /* read without insisting that nobody writes (-U) */
+    NODE_NO_LOCK = 64,        /* locking=off */
+    NODE_DETECT_ZEROES = 256, /* detect-zeroes=on: written zeros become zero units */
+    NODE_DETECT_UNMAP = 512,  /* detect-zeroes=unmap: and their room is given back */
+    NODE_GUESSED = 1024,      /* nobody said the format and nothing matched: taken for raw */
     NODE_CHECK = 128, /* opened to be examined: formats open damaged images as far as they can */
 };
 
@@ -61,6 +66,7 @@ struct node {
                        fits) */
     unsigned flags;
     unsigned perm, shared;
+    unsigned role; /* enum child_role under its first parent; CHILD_ROOT for a graph's root */
 
     void *state; /* drv->state_size bytes */
     void *opts;  /* drv->opts_size bytes, filled from the option tree */
@@ -81,7 +87,9 @@ struct node {
     unsigned in_flight;      /* requests inside the engine */
     unsigned quiesce;        /* > 0: new requests wait */
     struct waitq drained, resumed;
-    struct bounce_cache *bounce; /* engine's own (io.c) */
+    uint64_t
+        map_generation; /* counts every change of the map: what was looked up before is stale */
+    struct unit_cache *unit_cache; /* last decoded unit (coded.c) */
 };
 
 static inline bool node_is_rw(const struct node *n) {

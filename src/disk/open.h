@@ -67,6 +67,7 @@ struct open_ctx;
 
 /* How a child is used decides its permissions. */
 enum child_role {
+    CHILD_ROOT,          /* nobody's child: the disk as its user sees it */
     CHILD_FILE_METADATA, /* the format keeps metadata there: writes need WRITE|RESIZE, refuse both
                             to others */
     CHILD_FILE_RAW,      /* the parent passes guest bytes through: parent's own permissions */
@@ -112,6 +113,19 @@ struct create_ctx {
  */
 int storage_create_co(const struct create_ctx *ctx, struct node **out, struct err *e);
 int node_link_co(struct node *storage, const char *name, bool replace, struct err *e);
+
+/*
+ * Lays a new format onto an open storage node.  `options` are the format's create options (size
+ * included) as a tree; unknown ones are refused.
+ */
+int format_create_co(struct node *storage, const struct driver *format, const json_t *options,
+                     struct err *e);
+/*
+ * Whether `name` may be replaced by a new image: 0 when nothing is there or a regular file that
+ * nobody uses (locks); *exists_special is set for a block device, which is opened and written
+ * rather than replaced. -EAGAIN names the user, -EISDIR and others say what is there.
+ */
+int create_check_target_co(const char *name, bool *exists_special, struct err *e);
 
 /*
  * `strata create`: storage and format, under the final name only when complete and synced.

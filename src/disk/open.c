@@ -1,0 +1,541 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Opening a graph: names and options become one tree, the tree becomes nodes.
+ *
+ * Every name is first written as a tree ("a.qcow2" is {"file": {"driver": "file", "filename":
+ * "a.qcow2"}}); the user's options are laid over it; then nodes are opened from the root down, each
+ * driver asking for its children with node_open_child_co().
+ *
+ * Invariants
+ *  1. A node gets its permissions before its driver opens, by its role (locking.md): children that
+ * hold metadata are not shared with writers, raw children pass on what their parent has.
+ *  2. A name that comes from an image passes gate_check() before anything touches it; a tree given
+ * by the user does not.
+ *  3. The chain is finite: no image twice (by device and inode), at most GRAPH_DEPTH_MAX layers.
+ */
+#include "disk/open.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/cleanup.h"
+#include "base/err.h"
+#include "base/strbuf.h"
+#include "disk/engine.h"
+
+struct open_ctx {
+    const struct open_ctx *parent; /* whose child is being opened; NULL at the root */
+    const struct open_req *req;
+    const json_t *tree; /* options of the node being opened */
+    struct node *preset_file;
+    unsigned depth, file_depth;
+    bool has_id; /* dev and ino below are those of this image's file */
+    dev_t dev;
+    ino_t ino;
+};
+
+const char *const core_keys[] = {"driver",  "node-name",     "read-only",   "cache",
+                                 "discard", "detect-zeroes", "force-share", NULL};
+
+const char *const cache_names[] = {"writeback",  "none",   "writethrough",
+                                   "directsync", "unsafe", NULL};
+
+int cache_parse(const char *name, struct err *e) {
+    for (int i = 0; cache_names[i]; i++)
+        if (!strcmp(name, cache_names[i]))
+            return i;
+    return err_set(e, EINVAL,
+                   "unknown cache mode '%s': it is one of none, writeback, writethrough, "
+                   "directsync, unsafe",
+                   name);
+}
+
+unsigned cache_node_flags(enum cache_mode m) {
+    static const unsigned flags[] = {[CACHE_WRITEBACK] = 0,
+                                     [CACHE_NONE] = NODE_DIRECT,
+                                     [CACHE_WRITETHROUGH] = NODE_WRITETHROUGH,
+                                     [CACHE_DIRECTSYNC] = NODE_DIRECT | NODE_WRITETHROUGH,
+                                     [CACHE_UNSAFE] = NODE_NO_FLUSH};
+    return flags[m];
+}
+
+static void json_unref(json_t **j) {
+    json_decref(*j);
+}
+#define AUTO_JSON AUTO(json_unref)
+
+/* ---- trees ---- */
+
+static int name_to_storage_tree(const char *name, json_t **out, struct err *e) {
+    const struct driver *drv = driver_for_prefix(name);
+    if (!drv && !strncmp(name, "file:", 5))
+        name += 5;
+    else if (!drv && name_has_protocol(name)) {
+        err_set(e, ENOTSUP, "unknown protocol '%.*s'", (int)strcspn(name, ":"), name);
+        err_hint(e, "for a file whose name holds a colon, write ./%s", name);
+        return -ENOTSUP;
+    }
+    AUTO_JSON json_t *t = json_object();
+    if (json_object_set_new(t, "driver", json_string(drv ? drv->name : "file")) < 0)
+        return err_set(e, ENOMEM, "no memory");
+    if (drv && drv->parse_name) {
+        int r = drv->parse_name(name, t, e);
+        if (r < 0)
+            return r;
+    } else if (json_object_set_new(t, "filename", json_string(name)) < 0) {
+        return err_set(e, EINVAL, "the file name is not valid UTF-8");
+    }
+    *out = steal(&t);
+    return 0;
+}
+
+static int name_to_tree(const char *name, json_t **out, struct err *e) {
+    if (!strncmp(name, "json:", 5))
+        return opt_parse_json(name + 5, out, e);
+    json_t *file = NULL;
+    int r = name_to_storage_tree(name, &file, e);
+    if (r < 0)
+        return r;
+    *out = json_object();
+    json_object_set_new(*out, "file", file);
+    return 0;
+}
+
+/* A child written as a string is a name; as an object it is a tree. */
+static int child_tree(const json_t *value, bool storage, json_t **out, struct err *e) {
+    if (json_is_object(value)) {
+        *out = json_deep_copy(value);
+        return 0;
+    }
+    if (!json_is_string(value))
+        return err_set(e, EINVAL, "a child is a name or an object of options");
+    const char *name = json_string_value(value);
+    if (storage && strncmp(name, "json:", 5))
+        return name_to_storage_tree(name, out, e);
+    return name_to_tree(name, out, e);
+}
+
+static const char *tree_str(const json_t *tree, const char *key) {
+    return json_string_value(json_object_get(tree, key));
+}
+
+static int tree_bool(const json_t *tree, const char *key, bool *out, struct err *e) {
+    const json_t *v = json_object_get(tree, key);
+    const char *s = json_string_value(v);
+    if (!v)
+        return 0;
+    if (json_is_boolean(v))
+        *out = json_is_true(v);
+    else if (s && (!strcmp(s, "on") || !strcmp(s, "true") || !strcmp(s, "yes")))
+        *out = true;
+    else if (s && (!strcmp(s, "off") || !strcmp(s, "false") || !strcmp(s, "no")))
+        *out = false;
+    else
+        return err_set(e, EINVAL, "option '%s' is 'on' or 'off'", key);
+    return 0;
+}
+
+static int set_flag(const json_t *tree, const char *key, unsigned bit, unsigned *flags,
+                    struct err *e) {
+    bool on = *flags & bit;
+    int r = tree_bool(tree, key, &on, e);
+    *flags = on ? *flags | bit : *flags & ~bit;
+    return r;
+}
+
+/* The core keys over what the parent handed down. */
+static int node_flags_from_tree(const json_t *tree, unsigned *flags, struct err *e) {
+    bool ro = !(*flags & NODE_RW);
+    int r = tree_bool(tree, "read-only", &ro, e);
+    *flags = ro ? *flags & ~NODE_RW : *flags | NODE_RW;
+    const json_t *cache = json_object_get(tree, "cache");
+    if (!r && cache && !json_is_object(cache))
+        return err_set(e, EINVAL, "option 'cache' has the keys cache.direct and cache.no-flush");
+    if (!r)
+        r = set_flag(cache, "direct", NODE_DIRECT, flags, e);
+    if (!r)
+        r = set_flag(cache, "no-flush", NODE_NO_FLUSH, flags, e);
+    if (!r)
+        r = set_flag(tree, "force-share", NODE_FORCE_SHARE, flags, e);
+    const char *discard = tree_str(tree, "discard"), *detect = tree_str(tree, "detect-zeroes");
+    if (!r && discard) {
+        bool unmap = !strcmp(discard, "unmap") || !strcmp(discard, "on");
+        if (!unmap && strcmp(discard, "ignore") && strcmp(discard, "off"))
+            return err_set(e, EINVAL, "discard is 'unmap' or 'ignore', not '%s'", discard);
+        *flags = unmap ? *flags | NODE_UNMAP : *flags & ~NODE_UNMAP;
+    }
+    if (!r && detect) {
+        *flags &= ~(NODE_DETECT_ZEROES | NODE_DETECT_UNMAP);
+        if (!strcmp(detect, "unmap"))
+            *flags |= NODE_DETECT_UNMAP;
+        else if (!strcmp(detect, "on"))
+            *flags |= NODE_DETECT_ZEROES;
+        else if (strcmp(detect, "off"))
+            return err_set(e, EINVAL, "detect-zeroes is 'off', 'on' or 'unmap', not '%s'", detect);
+    }
+    if (!r && *flags & NODE_FORCE_SHARE && *flags & NODE_RW)
+        return err_set(e, EINVAL, "force-share only goes with read-only");
+    return r;
+}
+
+/* ---- nodes ---- */
+
+struct node_want {
+    unsigned role, flags, perm, shared;
+};
+
+static int open_tree_co(const json_t *tree, const struct open_ctx *parent,
+                        const struct open_req *req, const struct node_want *want,
+                        struct node *preset_file, struct node **out, struct err *e);
+
+static int check_loop(struct open_ctx *ctx, struct err *e) {
+    const json_t *file = json_object_get(ctx->tree, "file");
+    const char *drv = tree_str(file, "driver"), *name = tree_str(file, "filename");
+    struct stat st;
+    if (!name || (drv && strcmp(drv, "file")) || stat(name, &st) < 0)
+        return 0; /* what cannot be looked at will fail, or not, when it is opened */
+    ctx->has_id = true;
+    ctx->dev = st.st_dev;
+    ctx->ino = st.st_ino;
+    for (const struct open_ctx *c = ctx->parent; c; c = c->parent)
+        if (c->has_id && c->dev == st.st_dev && c->ino == st.st_ino)
+            return err_set(e, ELOOP, "the backing chain comes back to '%s'", name);
+    return 0;
+}
+
+/* Opens the file below without locks or write permission, only to look at its first bytes. */
+static int probe_tree_co(const json_t *tree, const struct open_ctx *ctx, unsigned flags,
+                         const struct driver **drv, bool *guessed, struct err *e) {
+    AUTO_JSON json_t *sub = NULL;
+    const json_t *value = json_object_get(tree, "file");
+    if (!value)
+        return err_set(e, EINVAL, "no file was named: give 'filename' or 'file.filename'");
+    int r = child_tree(value, true, &sub, e);
+    if (r < 0)
+        return r;
+    struct node_want want = {.role = CHILD_FILE_RAW,
+                             .flags = (flags & ~NODE_RW) | NODE_NO_LOCK,
+                             .perm = PERM_CONSISTENT_READ,
+                             .shared = PERM_ALL};
+    struct node *file = NULL;
+    json_object_set_new(sub, "read-only", json_true());
+    r = open_tree_co(sub, ctx, ctx->req, &want, NULL, &file, e);
+    if (r < 0)
+        return r;
+    int score;
+    r = disk_probe_co(file, drv, &score, e);
+    *guessed = score == 0;
+    node_unref_co(file);
+    return r;
+}
+
+static const struct driver *nearest_driver(const char *name) {
+    const struct driver *best = NULL;
+    unsigned best_d = 3;
+    for (const struct driver *const *d = driver_table; *d; d++) {
+        unsigned dist = str_distance(name, (*d)->name);
+        if (dist < best_d) {
+            best_d = dist;
+            best = *d;
+        }
+    }
+    return best;
+}
+
+static int find_driver(const char *name, const struct driver **out, struct err *e) {
+    *out = driver_find(name);
+    if (*out)
+        return 0;
+    const struct driver *near = nearest_driver(name);
+    err_set(e, ENOTSUP, "unknown driver or format '%s'", name);
+    if (near)
+        err_hint(e, "did you mean '%s'?", near->name);
+    return -ENOTSUP;
+}
+
+/* "filename" given to a format means its file's name. */
+static int lower_filename(json_t *tree, struct err *e) {
+    const char *name = tree_str(tree, "filename");
+    if (!name || json_object_get(tree, "file"))
+        return 0;
+    json_t *file;
+    int r = name_to_storage_tree(name, &file, e);
+    if (r < 0)
+        return r;
+    json_object_set_new(tree, "file", file);
+    json_object_del(tree, "filename");
+    return 0;
+}
+
+static char *display_name(const json_t *tree) {
+    const json_t *file = json_object_get(tree, "file");
+    const char *name = tree_str(tree, "filename");
+    if (!name)
+        name = json_is_string(file) ? json_string_value(file) : tree_str(file, "filename");
+    if (name)
+        return xstrdup(name);
+    AUTO_FREE char *text = json_dumps(tree, JSON_COMPACT);
+    return xasprintf("json:%s", text ? text : "{}");
+}
+
+static int open_driver_co(const struct driver *drv, struct open_ctx *ctx,
+                          const struct node_want *want, unsigned flags, struct node **out,
+                          struct err *e) {
+    struct node *n = node_new(drv);
+    const char *name = tree_str(ctx->tree, "node-name");
+    int r = 0;
+    n->flags = flags;
+    n->role = want->role;
+    n->perm = want->perm & (flags & NODE_RW ? PERM_ALL : PERM_CONSISTENT_READ);
+    n->shared = want->shared;
+    n->filename = display_name(ctx->tree);
+    if (name) {
+        free(n->name);
+        n->name = xstrdup(name);
+    }
+    if (drv->opts)
+        r = opt_fill(drv->opts, ctx->tree, OPT_OPEN, core_keys, n->opts, e);
+    if (r < 0)
+        free(steal(&n->opts)); /* nothing in it to free */
+    else
+        r = drv->open_co(n, ctx, e);
+    if (r < 0) {
+        node_destroy_co(n);
+        return r;
+    }
+    *out = n;
+    return 0;
+}
+
+static int open_tree_co(const json_t *tree_in, const struct open_ctx *parent,
+                        const struct open_req *req, const struct node_want *want,
+                        struct node *preset_file, struct node **out, struct err *e) {
+    AUTO_JSON json_t *tree = json_deep_copy(tree_in);
+    struct open_ctx ctx = {.parent = parent, .req = req, .tree = tree, .preset_file = preset_file};
+    ctx.depth = parent ? parent->depth + (want->role == CHILD_BACKING) : 0;
+    ctx.file_depth = !parent || want->role == CHILD_BACKING ? 0 : parent->file_depth + 1;
+    if (ctx.depth >= GRAPH_DEPTH_MAX)
+        return err_set(e, ELOOP, "the backing chain is longer than %d images", GRAPH_DEPTH_MAX);
+    if (ctx.file_depth > GRAPH_FILE_DEPTH_MAX)
+        return err_set(e, ELOOP, "more than %d nodes on top of one file", GRAPH_FILE_DEPTH_MAX);
+
+    unsigned flags = want->flags;
+    int r = node_flags_from_tree(tree, &flags, e);
+    if (r < 0)
+        return r;
+    const struct driver *drv = NULL;
+    const char *name = tree_str(tree, "driver");
+    if (name && (r = find_driver(name, &drv, e)) < 0)
+        return r;
+    if ((!drv || !drv->storage) && (r = lower_filename(tree, e)) < 0)
+        return r;
+    if ((r = check_loop(&ctx, e)) < 0)
+        return r;
+    if (!drv) {
+        bool guessed = false;
+        r = probe_tree_co(tree, &ctx, flags, &drv, &guessed, e);
+        if (r < 0)
+            return r;
+        flags |= guessed ? NODE_GUESSED : 0;
+    }
+    return open_driver_co(drv, &ctx, want, flags, out, e);
+}
+
+/* ---- children ---- */
+
+static void child_want(const struct node *n, enum child_role role, struct node_want *w) {
+    bool force = n->flags & NODE_FORCE_SHARE;
+    w->role = role;
+    w->flags = n->flags & ~(NODE_WRITETHROUGH | NODE_GUESSED | NODE_DETECT_ZEROES |
+                            NODE_DETECT_UNMAP | NODE_CHECK);
+    switch (role) {
+    case CHILD_FILE_RAW:
+        w->perm = n->perm;
+        w->shared = n->shared;
+        break;
+    case CHILD_BACKING:
+        w->flags &= ~(NODE_RW | NODE_NO_FLUSH);
+        w->perm = PERM_CONSISTENT_READ;
+        w->shared = PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED;
+        break;
+    default:
+        w->perm = PERM_CONSISTENT_READ | (node_is_rw(n) ? PERM_WRITE | PERM_RESIZE : 0);
+        w->shared = PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED;
+    }
+    if (force)
+        w->shared = PERM_ALL;
+}
+
+int node_open_child_co(struct node *n, struct open_ctx *ctx, const char *key, enum child_role role,
+                       struct node **out, struct err *e) {
+    if (ctx->preset_file && !strcmp(key, "file")) {
+        *out = steal(&ctx->preset_file);
+        (*out)->role = role;
+        return 0;
+    }
+    const json_t *value = json_object_get(ctx->tree, key);
+    if (!value)
+        return err_set(e, EINVAL, "option '%s' is missing: what lies below this %s node", key,
+                       n->drv->name);
+    AUTO_JSON json_t *tree = NULL;
+    int r = child_tree(value, role != CHILD_BACKING, &tree, e);
+    if (r < 0)
+        return r;
+    struct node_want want;
+    child_want(n, role, &want);
+    return open_tree_co(tree, ctx, ctx->req, &want, NULL, out, e);
+}
+
+/* The tree of the backing file that the image claims, once the gate has let it through. */
+static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct node_want *want,
+                           json_t **out, struct err *e) {
+    AUTO_FREE char *resolved = backing_resolve(n->filename, n->backing_name, e);
+    if (!resolved)
+        return -e->code;
+    int r = gate_check(ctx->req->gate, n->filename, resolved, n->backing_name, e);
+    if (r < 0)
+        return r;
+    AUTO_JSON json_t *tree = NULL;
+    if ((r = name_to_tree(resolved, &tree, e)) < 0)
+        return r;
+    if (n->backing_format) {
+        /* The record is of the format; what it names must not be a way around the gate. */
+        const struct driver *drv = driver_find(n->backing_format);
+        if (!drv || !drv->format)
+            return err_set(e, ENOTSUP, "its recorded format '%s' is unknown", n->backing_format);
+        if (!json_object_get(tree, "driver"))
+            json_object_set_new(tree, "driver", json_string(drv->name));
+    } else if (ctx->req->gate < GATE_LOCAL && !json_object_get(tree, "driver")) {
+        const struct driver *drv;
+        bool guessed;
+        r = probe_tree_co(tree, ctx, want->flags, &drv, &guessed, e);
+        if (r < 0)
+            return r;
+        if (!guessed) {
+            err_set(e, EPERM, "the image does not record the format of '%s', which looks like %s",
+                    n->backing_name, drv->name);
+            err_hint(e, "a guest could have written that header; if it is meant, say so with "
+                        "--trust local, or record the format in the image");
+            return -EPERM;
+        }
+        json_object_set_new(tree, "driver", json_string("raw"));
+    }
+    *out = steal(&tree);
+    return 0;
+}
+
+int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
+    const json_t *user = json_object_get(ctx->tree, "backing");
+    if (ctx->req->flags & OPEN_NO_BACKING || json_is_null(user) ||
+        (json_is_string(user) && !*json_string_value(user)))
+        return 0;
+    AUTO_JSON json_t *tree = NULL;
+    struct node_want want;
+    struct err why AUTO_ERR = ERR_INIT;
+    int r = 0;
+    child_want(n, CHILD_BACKING, &want);
+    bool says_where = json_is_string(user) || json_object_get(user, "file") ||
+                      json_object_get(user, "filename") || json_object_get(user, "size");
+    if (user && says_where)
+        r = child_tree(user, false, &tree, e);
+    else if (n->backing_name)
+        r = claimed_tree_co(n, ctx, &want, &tree, &why);
+    if (!r && tree && user && !says_where)
+        json_object_update_recursive(tree, (json_t *)user);
+    if (!r && tree)
+        r = open_tree_co(tree, ctx, ctx->req, &want, NULL, &n->backing, &why);
+    if (r < 0 && why.code) {
+        AUTO_STRBUF struct strbuf b = STRBUF_INIT;
+        strbuf_put_safe(&b, n->backing_name ? n->backing_name : "given by option",
+                        strlen(n->backing_name ? n->backing_name : "given by option"));
+        err_prefix(&why, "backing file '%s'", b.s);
+        if (e)
+            err_move(e, &why);
+    }
+    return r;
+}
+
+/* ---- entry points ---- */
+
+static unsigned req_node_flags(const struct open_req *req) {
+    unsigned f = cache_node_flags(req->cache);
+    f |= req->flags & OPEN_RW ? NODE_RW : 0;
+    f |= req->flags & OPEN_FORCE_SHARE ? NODE_FORCE_SHARE : 0;
+    f |= req->flags & OPEN_UNMAP ? NODE_UNMAP : 0;
+    f |= req->flags & OPEN_CHECK ? NODE_CHECK : 0;
+    return f;
+}
+
+static void root_want(const struct open_req *req, struct node_want *w) {
+    bool rw = req->flags & OPEN_RW;
+    w->role = CHILD_ROOT;
+    w->flags = req_node_flags(req);
+    w->perm = PERM_CONSISTENT_READ | (rw ? PERM_WRITE | PERM_RESIZE : 0);
+    /* A reader of a raw image does not mind others; a writer is alone unless told otherwise. */
+    w->shared = PERM_ALL;
+    if (rw && !(req->flags & OPEN_SHARE_WRITE))
+        w->shared = PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED;
+}
+
+/* The user's -f over a tree that names only storage. */
+static void apply_format(json_t **tree, const char *format) {
+    const char *name = tree_str(*tree, "driver");
+    const struct driver *drv = name ? driver_find(name) : NULL;
+    if (drv && drv->storage) {
+        json_t *wrapped = json_object();
+        json_object_set_new(wrapped, "file", *tree);
+        *tree = wrapped;
+    }
+    json_object_set_new(*tree, "driver", json_string(format));
+}
+
+int node_open_co(const struct open_req *req, struct node **out, struct err *e) {
+    AUTO_JSON json_t *tree = NULL;
+    struct node_want want;
+    int r = 0;
+    *out = NULL;
+    if (req->name)
+        r = name_to_tree(req->name, &tree, e);
+    else
+        tree = json_object();
+    if (!r && req->options)
+        json_object_update_recursive(tree, (json_t *)req->options);
+    if (!r && req->format)
+        apply_format(&tree, req->format);
+    root_want(req, &want);
+    if (!r)
+        r = open_tree_co(tree, NULL, req, &want, NULL, out, e);
+    if (r < 0 && req->name) {
+        AUTO_STRBUF struct strbuf b = STRBUF_INIT;
+        strbuf_put_safe(&b, req->name, strlen(req->name));
+        err_prefix(e, "%s", b.s);
+    }
+    if (!r && req->name && strncmp(req->name, "json:", 5)) {
+        free((*out)->filename);
+        (*out)->filename = xstrdup(req->name);
+    }
+    return r;
+}
+
+int node_open_on_co(struct node *file, const struct driver *format, const json_t *options,
+                    const struct open_req *req, struct node **out, struct err *e) {
+    AUTO_JSON json_t *tree = options ? json_deep_copy(options) : json_object();
+    struct node_want want;
+    root_want(req, &want);
+    if (file->filename && !json_object_get(tree, "file")) {
+        json_t *f = json_object();
+        json_object_set_new(f, "filename", json_string(file->filename));
+        json_object_set_new(tree, "file", f);
+    }
+    json_object_set_new(tree, "driver", json_string(format->name));
+    *out = NULL;
+    unsigned refs = file->refs;
+    node_ref(file); /* the driver may drop it on failure; the caller keeps its own then */
+    int r = open_tree_co(tree, NULL, req, &want, file, out, e);
+    if (r < 0 && file->refs > refs)
+        node_unref_co(file); /* open failed before the driver took the preset */
+    if (!r)
+        node_unref_co(file); /* the format's reference stays */
+    return r;
+}

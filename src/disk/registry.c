@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: MIT */
+/* The one table of drivers.  A new driver is one declaration and one line. */
+#include <string.h>
+
+#include "disk/driver.h"
+
+const struct driver *const driver_table[] = {
+    NULL,
+};
+
+const char *const prealloc_names[] = {"off", "metadata", "falloc", "full", NULL};
+
+const struct driver *driver_find(const char *name) {
+    for (const struct driver *const *d = driver_table; *d; d++)
+        if (!strcmp((*d)->name, name))
+            return *d;
+    return NULL;
+}
+
+const struct driver *driver_for_prefix(const char *file_name) {
+    for (const struct driver *const *d = driver_table; *d; d++)
+        for (const char *const *p = (*d)->prefixes; p && *p; p++)
+            if (!strncmp(file_name, *p, strlen(*p)))
+                return *d;
+    return NULL;
+}
