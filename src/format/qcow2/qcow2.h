@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * qcow2: the state of one open image, and what the files of this folder offer each other.
+ *
+ *      header.c     header bytes <-> struct qcow2_header          (pure)
+ *      entry.h      L1, L2 and refcount entries                   (pure)
+ *      open.c       the driver table; open, close, reopen, new header fields
+ *      cache.c      slices of L2 tables and refcount blocks
+ *      map.c        guest range -> extent
+ *      refcount.c   reference counts, allocation, growth of the table, limbo
+ *      place.c      room for writes: place, publish, abandon; L2 tables made and copied
+ *      zero.c       set_zero and discard
+ *      flush.c      the ordered write-back of everything dirty
+ *      resize.c     growth
+ *      check.c codec.c create.c measure.c describe.c
+ *
+ * Invariants
+ *  1. In memory `l1` and `reftable` are whole and in host byte order; on disk they follow only
+ *     through flush.c (or resize / table growth, which write a whole new copy first).
+ *  2. A host cluster named by any table, in memory or on stable storage, has a reference count of
+ *     at least one in memory; the count on storage is raised before the name is written.
+ *  3. A cluster whose last name was dropped stays counted (in limbo) until the tables without that
+ *     name are on stable storage.
+ *  4. Every offset that map and place answer is inside the 2^56 limit and, where it is to be
+ *     written, not inside the header, a table or a refcount block.
+ *  5. All state belongs to the node's loop.  Between two suspensions it is consistent.
+ *
+ * Locks, in this order: l2_lock (making or copying an L2 table), grow_lock (new refcount blocks,
+ * new refcount table), wb_lock (one write-back at a time).
+ */
+#ifndef STRATA_FORMAT_QCOW2_QCOW2_H
+#define STRATA_FORMAT_QCOW2_QCOW2_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <jansson.h>
+#include "base/err.h"
+#include "base/opt.h"
+#include "disk/driver.h"
+#include "disk/node.h"
+#include "format/qcow2/cache.h"
+#include "format/qcow2/entry.h"
+#include "format/qcow2/header.h"
+#include "runtime/task.h"
+
+struct open_ctx;
+struct create_ctx;
+
+/* A run of host clusters whose names have been dropped. */
+struct qcow2_limbo_run {
+    uint64_t cluster, count;
+};
+struct qcow2_limbo {
+    struct qcow2_limbo_run *runs;
+    size_t count, cap;
+};
+
+struct qcow2_range {
+    uint64_t offset, length;
+};
+
+struct qcow2 {
+    struct node *node;
+    struct node *file; /* = node->file */
+    struct qcow2_header h;
+
+    /* geometry, constant after open */
+    uint32_t cluster_bits, cluster_size;
+    uint32_t l2_bits;    /* log2 of entries in an L2 table: cluster_bits - 3 */
+    uint32_t slice_bits; /* log2 of entries in an L2 slice */
+    uint32_t refcount_order;
+    uint32_t block_bits; /* log2 of counts in a refcount block: cluster_bits + 3 - refcount_order */
+    uint64_t refcount_max;
+    bool has_backing; /* the header names one, or the node has one */
+    bool reads_zero;  /* storage: what was never written reads as zeros */
+
+    /* active L1 table, host byte order; l1_entries of them are in use (= h.l1_size) */
+    uint64_t *l1;
+    uint32_t l1_entries;
+    uint64_t *l1_dirty; /* bitmap, one bit an entry: table not yet reachable on storage */
+    uint32_t l1_dirty_count;
+
+    uint64_t *reftable; /* host byte order */
+    uint32_t reftable_entries;
+    uint64_t *reftable_dirty; /* bitmap, one bit an entry */
+    uint32_t reftable_dirty_count;
+
+    /* NODE_CHECK opens only: why a table was not loaded (entries = 0 then); NULL: it was */
+    char *l1_problem, *reftable_problem;
+
+    struct qcow2_cache cache;
+
+    /* metadata at fixed places, for the overlap check: header, L1, refcount table, snapshot table
+     */
+    struct qcow2_range fixed[4];
+    /* open-addressed set of the clusters that hold L2 tables and refcount blocks; read-write only
+     */
+    uint64_t *meta_set;
+    size_t meta_count, meta_mask;
+
+    /* allocator */
+    uint64_t free_cursor; /* no free cluster is known below */
+    uint64_t virgin_from; /* clusters from here on were never used: beyond the file's end */
+    uint64_t coded_pos;   /* next byte for coded data; 0: none */
+    uint64_t coded_end;   /* end of its host cluster */
+    bool coded_used;      /* the file's end needs padding to 512 */
+    struct qcow2_limbo limbo;
+    bool draining;
+    struct task_mutex l2_lock, grow_lock, wb_lock;
+
+    /* write-back, see flush.c */
+    uint64_t wb_started, wb_done;
+    bool wb_dirty_header;
+};
+
+static inline struct qcow2 *qcow2_of(struct node *n) {
+    return n->state;
+}
+static inline uint64_t qcow2_cluster_index(const struct qcow2 *s, uint64_t offset) {
+    return offset >> s->cluster_bits;
+}
+static inline uint64_t qcow2_clusters_for(const struct qcow2 *s, uint64_t bytes) {
+    return (bytes >> s->cluster_bits) + ((bytes & (s->cluster_size - 1)) != 0);
+}
+static inline uint64_t qcow2_l1_index(const struct qcow2 *s, uint64_t offset) {
+    return offset >> (s->cluster_bits + s->l2_bits);
+}
+static inline uint32_t qcow2_l2_index(const struct qcow2 *s, uint64_t offset) {
+    return (offset >> s->cluster_bits) & (((uint32_t)1 << s->l2_bits) - 1);
+}
+/* False: barriers mean nothing (cache unsafe, throw-away overlay). */
+static inline bool qcow2_ordered(const struct qcow2 *s) {
+    return !((s->node->flags | s->file->flags) & NODE_NO_FLUSH);
+}
+
+/* ---- open.c ---- */
+extern const struct driver driver_qcow2;
+/* Rewrites cluster 0 from `h` (whole header area, one write, flushed when ordered). */
+int qcow2_header_write_co(struct qcow2 *s, const struct qcow2_header *h, struct err *e);
+/* -EIO when [offset, +length) shares a byte with the header or a table of fixed place, or a cluster
+ * of it holds an L2 table or a refcount block. */
+int qcow2_overlap_check(const struct qcow2 *s, uint64_t offset, uint64_t length);
+int qcow2_meta_add(struct qcow2 *s, uint64_t host); /* -ENOMEM */
+void qcow2_meta_remove(struct qcow2 *s, uint64_t host);
+
+/* ---- map.c ---- */
+int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
+/*
+ * The L2 slice that covers guest `offset`, unpinned; *out NULL when the L1 entry is empty.  *index:
+ * of the entry inside the slice.  -EIO for a bad L1 entry.
+ */
+int qcow2_l2_slice_co(struct qcow2 *s, uint64_t offset, struct qcow2_slice **out, uint32_t *index);
+
+/* ---- refcount.c ---- */
+int qcow2_refcount_read_co(struct qcow2 *s, uint64_t cluster, uint64_t *out);
+/*
+ * Allocates up to `want` contiguous clusters, each with a count of 1; *got >= 1.  `exact`: all or
+ * -ENOSPC.  *virgin: they lie beyond all that was ever used and read as zeros.  -ENOSPC, -EFBIG,
+ * -EIO (a free cluster turned out to hold metadata).
+ */
+int qcow2_alloc_co(struct qcow2 *s, uint64_t want, bool exact, uint64_t *host, uint64_t *got,
+                   bool *virgin);
+/* `length` bytes (<= cluster_size) for coded data; counts raised. */
+int qcow2_alloc_coded_co(struct qcow2 *s, uint32_t length, uint64_t *host);
+/* Takes one reference from each cluster now: only for clusters that no table on storage names. */
+int qcow2_release_co(struct qcow2 *s, uint64_t cluster, uint64_t count);
+/* One reference of each cluster goes into limbo.  Memory gone: the clusters leak. */
+void qcow2_limbo_add(struct qcow2 *s, uint64_t cluster, uint64_t count);
+/* Puts what L2 entry `entry` named into limbo. */
+void qcow2_limbo_add_entry(struct qcow2 *s, uint64_t entry);
+/* Releases all of `l`, punching the storage first where NODE_UNMAP says so; leaves it empty. */
+void qcow2_limbo_release_co(struct qcow2 *s, struct qcow2_limbo *l);
+/* Unordered storage only: releases what is in limbo now. */
+void qcow2_limbo_settle_co(struct qcow2 *s);
+void qcow2_limbo_free(struct qcow2_limbo *l);
+
+/* ---- place.c ---- */
+int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flags,
+                   uint32_t coded_length, struct placement *out);
+int qcow2_publish_co(struct node *n, const struct placement *p);
+void qcow2_abandon(struct node *n, const struct placement *p);
+/* As qcow2_l2_slice_co, for writing: makes or copies the L2 table where needed. */
+int qcow2_l2_slice_writable_co(struct qcow2 *s, uint64_t offset, struct qcow2_slice **out,
+                               uint32_t *index);
+/* Before any change of metadata: writes back first when the cache or limbo is crowded. */
+int qcow2_make_room_co(struct qcow2 *s);
+
+/* ---- zero.c ---- */
+int qcow2_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
+int qcow2_discard_co(struct node *n, uint64_t offset, uint64_t length);
+
+/* ---- resize.c ---- */
+int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
+/* Gives every unallocated cluster of [offset, +length) room of its own, reading as zeros. */
+int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,
+                         struct err *e);
+
+/* ---- flush.c ---- */
+int qcow2_flush_co(struct node *n);
+/* As qcow2_flush_co, until nothing is dirty (what limbo releases included): close, keep. */
+int qcow2_writeback_all_co(struct qcow2 *s);
+
+/* ---- codec.c ---- */
+extern const struct codec qcow2_codec_deflate, qcow2_codec_zstd;
+
+/* ---- create.c, measure.c ---- */
+struct qcow2_create_opts {
+    uint64_t size;
+    uint64_t cluster_size;
+    int compat; /* index into { "0.10", "1.1", "v2", "v3" } */
+    uint64_t refcount_bits;
+    char *backing_file, *backing_fmt;
+    int compression_type; /* enum qcow2_compression */
+    int preallocation;    /* enum prealloc */
+    bool lazy_refcounts, extended_l2;
+};
+extern const struct opt qcow2_create_opt_table[];
+int qcow2_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
+                    struct err *e);
+int qcow2_measure(const void *create_opts, uint64_t size, uint64_t data, struct measure_result *out,
+                  struct err *e);
+
+/* ---- check.c ---- */
+int qcow2_check_co(struct node *n, struct check_result *r, struct err *e);
+
+/* ---- describe.c ---- */
+json_t *qcow2_describe(struct node *n);
+
+#endif
