@@ -256,6 +256,7 @@ struct driver {
     /*
      * Changes between read-only and read-write (and permissions) on the open node: acquires the new
      * before dropping the old; on error nothing has changed. NULL: only when no change is needed.
+     * n->perm and n->shared hold the wanted values already; n->flags the old ones.
      */
     int (*reopen_co)(struct node *n, unsigned new_flags, struct err *e);
 

@@ -4,7 +4,16 @@
 
 #include "disk/driver.h"
 
+extern const struct driver driver_file, driver_host_device, driver_memory, driver_null_co,
+    driver_null_aio, driver_raw;
+
 const struct driver *const driver_table[] = {
+    &driver_raw,
+    &driver_file,
+    &driver_host_device,
+    &driver_memory,
+    &driver_null_co,
+    &driver_null_aio,
     NULL,
 };
 
