@@ -106,6 +106,10 @@ enum zero_flags {
     ZERO_FUA = 4,
 };
 
+enum copy_range_flags {
+    COPY_RANGE_SHARE = 1, /* only by sharing the blocks (reflink), which costs nothing */
+};
+
 /* What `check` found.  Counters are exact; the list of problems is bounded by the reporter. */
 struct check_result {
     uint64_t corruptions, leaks, check_errors;
@@ -212,10 +216,11 @@ struct storage_ops {
     int64_t (*allocated)(struct node *n);
     /*
      * Copies between two nodes of this same driver inside the kernel (reflink, copy_file_range).
-     * Returns 0, or -ENOTSUP/-EXDEV: the engine copies by hand.  NULL: cannot.
+     * Returns 0, or -ENOTSUP/-EXDEV: the engine copies by hand.  NULL: cannot.  `copy_flags`: enum
+     * copy_range_flags.
      */
     int (*copy_range_co)(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                         uint64_t length);
+                         uint64_t length, unsigned copy_flags);
     /*
      * Creation of the named storage object: `create_opts` holds name and size.  Leaves it open in n
      * when that is how the driver works.  See struct create_ctx.

@@ -194,7 +194,7 @@ static int plain_run_co(struct node *n, uint64_t offset, uint64_t length, struct
 
 /* Both ranges are locked. */
 static int copy_locked_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                          uint64_t length) {
+                          uint64_t length, unsigned copy_flags) {
     struct chain_run from;
     int r = plain_run_co(src, src_off, length, &from);
     if (r < 0)
@@ -206,7 +206,7 @@ static int copy_locked_co(struct node *src, uint64_t src_off, struct node *dst, 
         bool fits = p.length == length && !p.head && !p.tail &&
                     p.storage->drv == from.ext.storage->drv && p.storage != from.ext.storage;
         r = fits ? ops->copy_range_co(from.ext.storage, from.ext.host_offset, p.storage,
-                                      p.host_offset, length)
+                                      p.host_offset, length, copy_flags)
                  : -ENOTSUP;
         if (r < 0 && dst->drv->format->abandon)
             dst->drv->format->abandon(dst, &p);
@@ -219,7 +219,7 @@ static int copy_locked_co(struct node *src, uint64_t src_off, struct node *dst, 
 }
 
 int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                       uint64_t length) {
+                       uint64_t length, unsigned copy_flags) {
     if (!node_is_rw(dst))
         return -EROFS;
     if (!length || src_off >= src->size || length > src->size - src_off || dst_off >= dst->size ||
@@ -233,7 +233,7 @@ int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uin
     node_enter_co(dst);
     range_lock_co(&src->locks, &from, src_off, length, false);
     range_lock_co(&dst->locks, &to, low, align_up(dst_off + length, dst->granularity) - low, true);
-    int r = copy_locked_co(src, src_off, dst, dst_off, length);
+    int r = copy_locked_co(src, src_off, dst, dst_off, length, copy_flags);
     range_unlock(&dst->locks, &to);
     range_unlock(&src->locks, &from);
     node_leave(dst);

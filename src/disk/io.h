@@ -80,9 +80,9 @@ int disk_status_co(struct node *n, uint64_t offset, uint64_t length, unsigned st
 int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 
 /* Copies inside the storage where both sides are plain data of one driver that can; -ENOTSUP: copy
- * by hand. */
+ * by hand.  `copy_flags`: enum copy_range_flags. */
 int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                       uint64_t length);
+                       uint64_t length, unsigned copy_flags);
 
 int64_t disk_allocated(struct node *n); /* host bytes of this layer, or -errno */
 

@@ -36,7 +36,7 @@ struct side {
 struct compare {
     struct side side[2];
     const struct compare_opts *opts;
-    uint64_t common, total; /* sizes: the smaller, the larger */
+    uint64_t total; /* the larger size */
 
     struct task_mutex walk;
     uint64_t pos;
@@ -266,7 +266,6 @@ int compare_run_co(struct node *a, struct node *b, const struct compare_opts *op
     struct compare c = {
         .side = {{.node = a}, {.node = b}},
         .opts = opts,
-        .common = min_u64(a->size, b->size),
         .total = max_u64(a->size, b->size),
         .result = result,
         .best = UINT64_MAX,
@@ -274,7 +273,7 @@ int compare_run_co(struct node *a, struct node *b, const struct compare_opts *op
     };
     if (opts->strict && a->size != b->size) {
         result->verdict = COMPARE_SIZE;
-        result->offset = c.common;
+        result->offset = min_u64(a->size, b->size);
         return 0;
     }
     task_mutex_init(&c.walk);

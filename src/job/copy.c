@@ -235,19 +235,23 @@ static int plain_co(struct copy_worker *k) {
 }
 
 /*
- * Lets the storage clone the range.  1: done; 0: copy by hand.  Any refusal is final for the job,
- * except when the range is no plain data at the moment.
+ * Lets the storage clone the range; false: copy it by hand.  Only one worker finds out whether the
+ * storage can, while the others work by hand.  Where it can, a window may still be refused because
+ * its bytes lie in two places.
  */
-static int clone_co(struct copy_worker *k) {
+static bool clone_co(struct copy_worker *k) {
     struct copy_job *j = k->job;
-    if (!j->try_clone || k->w.holes)
-        return 0;
-    int r =
-        disk_copy_range_co(j->src, k->w.offset, j->dst, j->dst_offset + k->w.offset, k->w.length);
+    if (j->clone == CLONE_NO || j->clone == CLONE_TRYING || k->w.holes)
+        return false;
+    if (j->clone == CLONE_UNTRIED)
+        j->clone = CLONE_TRYING;
+    int r = disk_copy_range_co(j->src, k->w.offset, j->dst, j->dst_offset + k->w.offset,
+                               k->w.length, j->block ? COPY_RANGE_SHARE : 0);
     if (r == 0)
-        return 1;
-    j->try_clone = false;
-    return 0;
+        j->clone = CLONE_YES;
+    else if (j->clone == CLONE_TRYING)
+        j->clone = CLONE_NO;
+    return r == 0;
 }
 
 static int window_co(struct copy_worker *k) {
@@ -256,8 +260,7 @@ static int window_co(struct copy_worker *k) {
         return copy_zero_co(j, j->dst_offset + k->w.offset, k->w.length);
     if (j->opts->compress)
         return copy_coded_co(k);
-    int r = clone_co(k);
-    return r ? (r < 0 ? r : 0) : plain_co(k);
+    return clone_co(k) ? 0 : plain_co(k);
 }
 
 /* ---------------------------------------------------------------- pace, progress */
@@ -321,7 +324,7 @@ static void plan(struct copy_job *j) {
     j->read_flags = is_direct(j->src) ? 0 : IO_BULK;
     j->write_flags = is_direct(j->dst) ? 0 : IO_BULK;
     j->in_order = o->in_order || o->compress;
-    j->try_clone = !o->compress;
+    j->clone = CLONE_UNTRIED;
     j->ahead = o->target_is_zero && gran == 1 && j->block;
 }
 

@@ -52,6 +52,9 @@ struct copy_window {
     } hole[COPY_HOLES_MAX];
 };
 
+/* Whether the storage copies by sharing blocks. */
+enum copy_clone { CLONE_UNTRIED, CLONE_TRYING, CLONE_YES, CLONE_NO };
+
 struct copy_job {
     struct node *src, *dst;
     uint64_t length, dst_offset;
@@ -76,7 +79,7 @@ struct copy_job {
     uint64_t next_ticket, turn;
     struct waitq turns;
 
-    bool try_clone; /* disk_copy_range_co has not refused yet */
+    enum copy_clone clone;
 
     /* room allocated ahead in a sparse target, and the zeros found in it (copy_punch.c) */
     bool ahead;

@@ -94,7 +94,7 @@ int file_truncate_co(struct node *n, uint64_t size, int prealloc, struct err *e)
 int file_extents_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
 int64_t file_allocated(struct node *n);
 int file_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                       uint64_t length);
+                       uint64_t length, unsigned copy_flags);
 /* Before a write that ends behind the end of the file: -ENOSPC beyond the limit; allocates ahead.
  */
 int file_grow_co(struct node *n, uint64_t offset, uint64_t end);

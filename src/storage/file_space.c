@@ -422,7 +422,7 @@ static int copy_work(void *arg) {
 }
 
 int file_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
-                       uint64_t length) {
+                       uint64_t length, unsigned copy_flags) {
     struct file_state *ss = file_state(src), *ds = file_state(dst);
     uint64_t end = dst_off + length;
     struct copy_work w = {
@@ -432,7 +432,7 @@ int file_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uin
         .dst_off = dst_off,
         .length = length,
         .try_clone = !ds->no_clone && is_aligned(src_off | dst_off | length, 4096),
-        .try_copy = !ds->no_copy_range,
+        .try_copy = !ds->no_copy_range && !(copy_flags & COPY_RANGE_SHARE),
     };
     if (ss->is_block || ds->is_block || (!w.try_clone && !w.try_copy))
         return -ENOTSUP;
