@@ -37,8 +37,8 @@ bench: setup all
 	@/usr/bin/python3 bench/run.py
 
 asan:
-	@test -f build-asan/build.ninja || CC=clang meson setup build-asan \
-	    -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized
+	@test -f build-asan/build.ninja || meson setup build-asan \
+	    -Db_sanitize=address,undefined
 	@ninja -C build-asan -j $(JOBS)
 
 format-check:

@@ -48,16 +48,15 @@ for aio in $backends; do
     echo "== unit tests, $aio"
     meson test -C "$BUILD" --no-rebuild --print-errorlogs --num-processes "$jobs" \
         --logbase "unit-$aio" 2>&1 | grep -v '^ninja:' || true
-    if ! mv "$BUILD/meson-logs/unit-$aio.junit.xml" "$results/unit-$aio.xml"; then
-        broken=$((broken + 1))
-    fi
+    mv "$BUILD/meson-logs/unit-$aio.junit.xml" "$results/unit-$aio.xml" || broken=$((broken + 1))
     [ ${#suites[@]} -gt 0 ] || continue
     echo "== pytest, $aio: ${suites[*]}"
-    $py -m pytest -q -p no:cacheprovider -n "$jobs" --dist worksteal --durations=8 \
+    $py -m pytest -q -p no:cacheprovider -n "$jobs" --durations=8 \
         --junitxml="$results/pytest-$aio.xml" "$@" "${suites[@]}" </dev/null
     [ -s "$results/pytest-$aio.xml" ] || broken=$((broken + 1))
 done
 
+shopt -s nullglob
 $py - "$broken" "$results"/*.xml <<'PY'
 import sys
 import xml.etree.ElementTree as ET
