@@ -38,7 +38,13 @@ if [ -z "$backends" ]; then
     fi
 fi
 
-broken=0 # rounds that ended without a readable result
+broken=0 # rounds that went wrong without a failed test to show for it: a crash, no result
+accounted() { # STATUS RESULT
+    [ -s "$2" ] && { [ "$1" = 0 ] || grep -qE '<(failure|error)' "$2"; } && return
+    echo "FAILED: the round ended with status $1 and no failed test"
+    broken=$((broken + 1))
+}
+
 suites=()
 for d in tests/*/; do
     compgen -G "${d}test_*.py" >/dev/null && suites+=("$d")
@@ -47,13 +53,15 @@ for aio in $backends; do
     export STRATA_AIO=$aio
     echo "== unit tests, $aio"
     meson test -C "$BUILD" --no-rebuild --print-errorlogs --num-processes "$jobs" \
-        --logbase "unit-$aio" 2>&1 | grep -v '^ninja:' || true
-    mv "$BUILD/meson-logs/unit-$aio.junit.xml" "$results/unit-$aio.xml" || broken=$((broken + 1))
+        --logbase "unit-$aio"
+    status=$?
+    mv "$BUILD/meson-logs/unit-$aio.junit.xml" "$results/unit-$aio.xml"
+    accounted "$status" "$results/unit-$aio.xml"
     [ ${#suites[@]} -gt 0 ] || continue
     echo "== pytest, $aio: ${suites[*]}"
     $py -m pytest -q -p no:cacheprovider -n "$jobs" --durations=8 \
         --junitxml="$results/pytest-$aio.xml" "$@" "${suites[@]}" </dev/null
-    [ -s "$results/pytest-$aio.xml" ] || broken=$((broken + 1))
+    accounted $? "$results/pytest-$aio.xml"
 done
 
 shopt -s nullglob
