@@ -131,8 +131,11 @@ static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared
         return r;
     n->perm = perm;
     n->shared = shared;
-    if (n->drv->reopen_co)
+    if (n->drv->reopen_co) {
+        node_quiesce_co(n); /* requests from above may come around the format node (chain.c) */
         r = n->drv->reopen_co(n, flags, e);
+        node_resume(n);
+    }
     if (r < 0) {
         n->perm = old_perm;
         n->shared = old_shared;
@@ -150,7 +153,6 @@ static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared
 int node_reopen_co(struct node *n, bool rw, struct err *e) {
     if (node_is_rw(n) == rw)
         return 0;
-    node_quiesce_co(n);
     int r = rw ? 0 : disk_flush_co(n);
     if (r < 0)
         err_errno(e, -r, "flushing before the change to read-only");
@@ -158,6 +160,5 @@ int node_reopen_co(struct node *n, bool rw, struct err *e) {
     unsigned shared = PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED;
     if (r >= 0)
         r = reopen_one_co(n, rw, perm, shared, e);
-    node_resume(n);
     return r < 0 ? err_prefix(e, "%s", n->filename ? n->filename : n->name) : 0;
 }
