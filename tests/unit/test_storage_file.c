@@ -728,16 +728,16 @@ static void copy_range_copies_or_declines(void *arg) {
     struct node *a = must_create(in_dir("a"), 0, 0), *c = must_create(in_dir("c"), 0, 0);
     put_fill(a, 0, 7, MIB);
     put(a, 100, "hello", 5);
-    int r = file_copy_range_co(a, 100, c, 50, 5);
+    int r = file_copy_range_co(a, 100, c, 50, 5, 0);
     assert_true(r == 0 || r == -ENOTSUP);
     if (!r) {
         assert_int_equal(c->size, 55);
         get(c, 50, b, 5);
         assert_memory_equal(b, "hello", 5);
-        assert_int_equal(file_copy_range_co(a, 0, c, MIB, MIB), 0);
+        assert_int_equal(file_copy_range_co(a, 0, c, MIB, MIB, 0), 0);
         assert_int_equal(c->size, 2 * MIB);
     }
-    assert_int_equal(file_copy_range_co(a, MIB - 1, c, 0, 2), -ENOTSUP);
+    assert_int_equal(file_copy_range_co(a, MIB - 1, c, 0, 2, 0), -ENOTSUP);
     drop(a);
     drop(c);
 }
