@@ -178,6 +178,13 @@ struct format_ops {
      * children.
      */
     int (*flush_co)(struct node *n);
+    /*
+     * Records another backing file in the image (NULL name: none) and in n->backing_name and
+     * n->backing_format; what is open as n->backing stays.  `format` may be NULL (not recorded).
+     * Called quiesced, on a read-write node; the caller flushes.  -ENOSPC: no room for the name,
+     * the old one stays.  NULL: the format has no backing files.
+     */
+    int (*set_backing_co)(struct node *n, const char *name, const char *format, struct err *e);
 
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
