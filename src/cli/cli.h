@@ -239,6 +239,12 @@ void cli_print_error(const struct verb_ctx *ctx, const struct err *e);
 void cli_print_warning(const struct verb_ctx *ctx, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
+/*
+ * Shows log_msg() messages up to `level` (enum log_level) on standard error; warnings are shown
+ * anyway, and STRATA_LOG=info|debug in the environment shows more.  For --verbose options.
+ */
+void cli_log_level(struct verb_ctx *ctx, int level);
+
 /* A name made safe for terminals (strbuf_put_safe).  Owned by the caller. */
 char *cli_safe(const char *name);
 /* A JSON string of any bytes: what is not UTF-8 is written as \xNN.  NULL gives null. */
