@@ -130,8 +130,8 @@ static void print_drivers(FILE *out, enum driver_kind kind, const char *title) {
         if (!any)
             fprintf(out, "\n%s:\n", title);
         any = true;
-        fprintf(out, "  %-10s ", d->name);
-        wrap(out, d->help ? d->help : "", 13, 13);
+        fprintf(out, "  %-12s ", d->name);
+        wrap(out, d->help ? d->help : "", 15, 15);
     }
 }
 
@@ -141,7 +141,7 @@ void cli_help_overview(FILE *out) {
           "Commands:\n",
           out);
     for (int i = 0; verb_table[i]; i++)
-        fprintf(out, "  %-10s %s\n", verb_table[i]->name, verb_table[i]->summary);
+        fprintf(out, "  %-12s %s\n", verb_table[i]->name, verb_table[i]->summary);
     print_drivers(out, DRIVER_FORMAT, "Formats");
     print_drivers(out, DRIVER_STORAGE, "Storage");
     print_drivers(out, DRIVER_FILTER, "Filters");

@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * check: is the metadata of an image consistent?
+ *
+ * The work is the format's check_co; here are the list of problems (bounded: a ruined image has
+ * millions), the totals, and the exit statuses of qemu-img's documentation.  The image alone is
+ * opened, and read only.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include "base/err.h"
+#include "cli/cli.h"
+#include "cli/progress.h"
+#include "disk/driver.h"
+#include "disk/node.h"
+#include "disk/open.h"
+
+/* Statuses; opening and usage errors are CHECK_FAILED, too. */
+enum { CHECK_OK = 0, CHECK_FAILED = 1, CHECK_CORRUPT = 2, CHECK_LEAKS = 3, CHECK_UNSUPPORTED = 63 };
+
+/* Problems shown one by one; the totals count all of them. */
+enum { SHOWN_MAX = 1000 };
+
+struct args {
+    struct cli_image image;
+    struct progress_args progress;
+    int output;
+    bool quiet;
+    const char *repair;
+};
+static const struct cli_opt opts[] = {
+    CLI_IMAGE_ROWS(struct args, image),
+    CLI_OUTPUT_ROW(struct args, output),
+    PROGRESS_ROWS(struct args, progress),
+    CLI_QUIET_ROW(struct args, quiet),
+    CLI_STR(struct args, repair, 'r', "repair", "WHAT", "repair leaks or all (not yet possible)"),
+    CLI_END};
+
+struct watch {
+    const struct args *args;
+    struct progress bar;
+    uint64_t shown;
+};
+
+static void show_problem(void *arg, bool is_leak, const char *text) {
+    struct watch *w = arg;
+    if (w->args->quiet || w->shown > SHOWN_MAX)
+        return;
+    if (w->shown++ == SHOWN_MAX) {
+        fprintf(stderr, "... and more\n");
+        return;
+    }
+    char *safe AUTO_FREE = cli_safe(text);
+    fprintf(stderr, "%s%s\n", is_leak ? "Leaked: " : "ERROR: ", safe);
+}
+
+static void show_progress(void *arg, uint64_t done, uint64_t total) {
+    struct watch *w = arg;
+    progress_update(&w->bar, done, total);
+}
+
+static void print_json(const struct node *n, const struct check_result *r) {
+    json_t *j = json_object();
+    const struct {
+        const char *key;
+        uint64_t value;
+    } rows[] = {
+        {"image-end-offset", r->image_end_offset},
+        {"total-clusters", r->total_clusters},
+        {"allocated-clusters", r->allocated_clusters},
+        {"fragmented-clusters", r->fragmented_clusters},
+        {"compressed-clusters", r->compressed_clusters},
+        {"check-errors", r->check_errors},
+        {"corruptions", r->corruptions},
+        {"leaks", r->leaks},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++)
+        json_object_set_new(j, rows[i].key, json_integer((json_int_t)rows[i].value));
+    json_object_set_new(j, "filename", cli_json_name(n->filename));
+    json_object_set_new(j, "format", json_string(n->drv->name));
+    cli_print_json(j);
+}
+
+static double percent(uint64_t part, uint64_t whole) {
+    return whole ? 100.0 * part / whole : 0;
+}
+
+static void print_human(const struct check_result *r) {
+    if (!r->corruptions && !r->leaks && !r->check_errors)
+        puts("No errors were found on the image.");
+    if (r->corruptions)
+        printf("\n%" PRIu64 " errors were found on the image.\n"
+               "Data may be corrupted, or further writes to the image may corrupt it.\n",
+               r->corruptions);
+    if (r->leaks)
+        printf("\n%" PRIu64 " leaked clusters were found on the image.\n"
+               "This means waste of disk space, but no harm to data.\n",
+               r->leaks);
+    if (r->check_errors)
+        printf("\n%" PRIu64 " internal errors have occurred during the check.\n", r->check_errors);
+    if (r->total_clusters)
+        printf("%" PRIu64 "/%" PRIu64 " = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed "
+               "clusters\n",
+               r->allocated_clusters, r->total_clusters,
+               percent(r->allocated_clusters, r->total_clusters),
+               percent(r->fragmented_clusters, r->allocated_clusters),
+               percent(r->compressed_clusters, r->allocated_clusters));
+    if (r->image_end_offset)
+        printf("Image end offset: %" PRIu64 "\n", r->image_end_offset);
+}
+
+static int status_of(const struct check_result *r) {
+    if (r->corruptions)
+        return CHECK_CORRUPT;
+    if (r->check_errors)
+        return CHECK_FAILED;
+    return r->leaks ? CHECK_LEAKS : CHECK_OK;
+}
+
+static int check_node_co(struct verb_ctx *ctx, struct node *n) {
+    const struct args *a = ctx->args;
+    struct watch w = {.args = a};
+    struct check_result r = {.report = show_problem, .progress = show_progress, .arg = &w};
+    progress_begin(&w.bar, &a->progress);
+    int rc = n->drv->format->check_co(n, &r, &ctx->err);
+    progress_end(&w.bar, rc == 0);
+    if (rc < 0)
+        return err_prefix(&ctx->err, "%s", n->filename);
+    if (a->output == OUTPUT_JSON)
+        print_json(n, &r);
+    else if (!a->quiet)
+        print_human(&r);
+    return status_of(&r);
+}
+
+static int check_run_co(struct verb_ctx *ctx) {
+    const struct args *a = ctx->args;
+    if (a->repair) {
+        err_set(&ctx->err, ENOTSUP, "repairing (-r %s) is not yet in this version", a->repair);
+        err_hint(&ctx->err, "without -r the image is checked and left as it is");
+        return -ENOTSUP;
+    }
+    struct node *n;
+    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, OPEN_NO_BACKING | OPEN_CHECK, &n);
+    if (rc < 0)
+        return rc;
+    if (n->drv->format && n->drv->format->check_co) {
+        rc = check_node_co(ctx, n);
+    } else {
+        struct err e AUTO_ERR = ERR_INIT;
+        err_set(&e, ENOTSUP, "%s: images of format '%s' have nothing that could be checked",
+                n->filename, n->drv->name);
+        cli_print_error(ctx, &e);
+        rc = CHECK_UNSUPPORTED;
+    }
+    node_unref_co(n);
+    return rc;
+}
+
+static const char *const details[] = {
+    "The metadata of the image is read and compared with itself; the image is not changed, and its "
+    "backing file is not opened. A leak is space that nothing uses: harmless. An error means that "
+    "data is damaged or will be by writing.",
+    NULL};
+
+static const struct cli_status statuses[] = {
+    {CHECK_OK, "the image is consistent"},
+    {CHECK_FAILED, "the check could not be done"},
+    {CHECK_CORRUPT, "the image is corrupted"},
+    {CHECK_LEAKS, "the image has leaked clusters, and is not corrupted"},
+    {CHECK_UNSUPPORTED, "the format has no check"},
+    {0, NULL}};
+
+static const struct cli_example examples[] = {
+    {"strata check disk.qcow2", "Check an image."},
+    {"strata check -q disk.qcow2 && echo good", "In a script."},
+    {NULL, NULL}};
+
+const struct verb verb_check = {
+    .name = "check",
+    .summary = "look for damage in an image's metadata",
+    .synopsis = "FILE",
+    .pos_min = 1,
+    .pos_max = 1,
+    .opts = opts,
+    .args_size = sizeof(struct args),
+    .details = details,
+    .examples = examples,
+    .statuses = statuses,
+    .error_status = CHECK_FAILED,
+    .run_co = check_run_co,
+};
