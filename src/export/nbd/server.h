@@ -27,11 +27,14 @@ struct nbd_server_opts {
     struct nbd_export export;
     unsigned max_clients;         /* 0: 100 */
     int64_t handshake_timeout_ns; /* 0: 10 s */
-    /* Called in loop context when the number of connected clients has become 0 after at least one.
+    /*
+     * Called on the loop's thread (must not suspend) when the last client has left that had got
+     * through the handshake; one that only looked, or failed, does not count.
      */
     void (*on_idle)(void *arg);
+    /* One line about a connection (came, left, broke the protocol), no newline; NULL: silent. */
+    void (*log)(void *arg, const char *text);
     void *arg;
-    bool verbose; /* log each connection and protocol error through log.h */
 };
 
 int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct nbd_server **out,
@@ -52,5 +55,12 @@ void nbd_server_free(struct nbd_server *s); /* after stop */
 int nbd_listen_unix(const char *path, struct err *e);
 /* host NULL: loopback only.  port 0: any free one, reported through *port. */
 int nbd_listen_tcp(const char *host, uint16_t *port, struct err *e);
+/*
+ * Sockets handed over by systemd (LISTEN_PID, LISTEN_FDS): count, first one in *first_fd, the
+ * others behind it; 0 when there are none for this process.  Made non-blocking and close-on-exec;
+ * the environment variables are removed.  Call before forking.  -EINVAL for descriptors that are no
+ * stream sockets.
+ */
+int nbd_listen_activated(int *first_fd, struct err *e);
 
 #endif
