@@ -109,8 +109,8 @@ struct nbd_server {
     unsigned max_clients;
     int64_t handshake_timeout_ns;
     void (*on_idle)(void *arg);
-    void (*log)(void *arg, const char *text);
     void *arg;
+    bool verbose;
 
     struct list clients;
     struct list listeners;

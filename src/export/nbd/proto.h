@@ -24,9 +24,10 @@
 #define NBD_STRUCTURED_MAGIC UINT32_C(0x668e33ef)
 
 #define NBD_DEFAULT_PORT 10809
-#define NBD_STRING_MAX 4096u                 /* names, queries, messages */
-#define NBD_PAYLOAD_MAX (UINT32_C(32) << 20) /* read and write length, announced as maximum block  \
-                                              */
+#define NBD_STRING_MAX 4096u /* names, queries, messages */
+#define NBD_PAYLOAD_MAX                                                                            \
+    (UINT32_C(32) << 20) /* read and write length, announced as maximum block                      \
+                          */
 
 enum { NBD_FLAG_FIXED_NEWSTYLE = 1, NBD_FLAG_NO_ZEROES = 2 }; /* handshake, both directions */
 

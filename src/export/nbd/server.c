@@ -23,6 +23,7 @@
 #include <unistd.h>
 #include "base/cleanup.h"
 #include "base/err.h"
+#include "base/log.h"
 #include "disk/node.h"
 
 #define STOP_GRACE_NS (INT64_C(3) * 1000000000)
@@ -39,15 +40,14 @@ struct listener {
 };
 
 void nbd_log(struct nbd_client *c, const char *fmt, ...) {
-    if (!c->s->log)
+    if (!c->s->verbose)
         return;
-    char text[200], line[240];
+    char text[200];
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
-    snprintf(line, sizeof(line), "client %u: %s", c->id, text);
-    c->s->log(c->s->arg, line);
+    log_msg(LOG_LV_INFO, "NBD client %u: %s", c->id, text);
 }
 
 /* ---------------------------------------------------------------- clients */
@@ -177,7 +177,7 @@ int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct
     s->handshake_timeout_ns =
         opts->handshake_timeout_ns ? opts->handshake_timeout_ns : HANDSHAKE_DEFAULT_NS;
     s->on_idle = opts->on_idle;
-    s->log = opts->log;
+    s->verbose = opts->verbose;
     s->arg = opts->arg;
     s->tasks_free = SERVER_TASKS_MAX;
     list_init(&s->clients);

@@ -32,9 +32,8 @@ struct nbd_server_opts {
      * through the handshake; one that only looked, or failed, does not count.
      */
     void (*on_idle)(void *arg);
-    /* One line about a connection (came, left, broke the protocol), no newline; NULL: silent. */
-    void (*log)(void *arg, const char *text);
     void *arg;
+    bool verbose; /* log each connection and protocol error through log.h */
 };
 
 int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct nbd_server **out,
