@@ -4,13 +4,16 @@
 #include "cli/cli.h"
 
 extern const struct verb verb_check;
+extern const struct verb verb_compare;
+extern const struct verb verb_convert;
 extern const struct verb verb_create;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
 extern const struct verb verb_map;
 
 const struct verb *const verb_table[] = {
-    &verb_info, &verb_create, &verb_check, &verb_map, &verb_help, NULL,
+    &verb_info,  &verb_create, &verb_convert, &verb_compare,
+    &verb_check, &verb_map,    &verb_help,    NULL,
 };
 
 const struct verb *verb_find(const char *name) {
