@@ -108,15 +108,16 @@ def row(work, contenders, reach="", prepare=None, after=None, rounds=ROUNDS):
             os.sync()
             try:
                 took, peak = measure(cmd)
-            except RuntimeError as e:
+                if after and r == 0:
+                    after(label)
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
                 note("  " + str(e))
                 failed[label] = str(e)
                 continue
             times[label].append(took)
             peaks[label] = max(peaks[label], peak)
-            note("  %-28s %-28s %s" % (work, label, show(took)))
-            if after and r == 0:
-                after(label)
+            if r < 5:
+                note("  %-28s %-28s %s" % (work, label, show(took)))
     report(work, {k: statistics.median(v) for k, v in times.items() if v}, failed, reach)
     return peaks
 
@@ -180,7 +181,8 @@ def make_input(d):
     note("making the input: %.1f GiB of files" % GIB)
     populate(tree, int(GIB * (1 << 30)))
     size = int(GIB * 1.5 * 1024)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, raw, "%dM" % size], check=True)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, raw, "%dM" % size], check=True,
+                   stdout=subprocess.DEVNULL)
     shutil.rmtree(tree)
     qcow2 = os.path.join(d, "input.qcow2")
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", "-W", "-m", "16", raw, qcow2], check=True)
