@@ -76,24 +76,24 @@ static int write_piece_co(struct node *n, uint8_t *buf, uint64_t start, uint64_t
 static int write_bounced_co(struct node *n, uint64_t offset, uint64_t length,
                             const struct iovec *iov, int niov, unsigned flags) {
     uint32_t a = n->request_align;
-    uint64_t low = align_down(offset, a), high = align_up(offset + length, a), old_size = n->size;
+    uint64_t low = align_down(offset, a), high = align_up(offset + length, a);
     uint8_t *buf = buf_get(PIECE_BYTES);
     if (!buf)
         return -ENOMEM;
     struct range_req lock;
     range_lock_co(&n->locks, &lock, low, high - low, true);
+    uint64_t want = max_u64(n->size, offset + length);
     int r = 0;
     for (uint64_t start = low; !r && start < high; start += PIECE_BYTES) {
         uint64_t end = min_u64(start + PIECE_BYTES, high);
         uint64_t from = max_u64(start, offset), to = min_u64(end, offset + length);
         r = write_piece_co(n, buf, start, end, from, to, iov, niov, from - offset, flags);
     }
+    /* The padding of the last block made the storage longer than it was or was asked to be. */
+    if (!r && n->size == high && high > want && n->drv->storage->truncate_co)
+        r = n->drv->storage->truncate_co(n, want, PREALLOC_OFF, NULL);
     range_unlock(&n->locks, &lock);
     buf_put(buf, PIECE_BYTES);
-    /* The last block grew the storage by its padding: cut it to what was asked for. */
-    if (!r && offset + length > old_size && high > offset + length && n->size == high &&
-        n->drv->storage->truncate_co)
-        r = n->drv->storage->truncate_co(n, offset + length, PREALLOC_OFF, NULL);
     return r;
 }
 
