@@ -104,6 +104,17 @@ static int name_to_tree(const char *name, json_t **out, struct err *e) {
 
 /* A child written as a string is a name; as an object it is a tree. */
 static int child_tree(const json_t *value, bool storage, json_t **out, struct err *e) {
+    const char *file = json_string_value(json_object_get(value, "filename"));
+    if (storage && file && !json_object_get(value, "driver") && !json_object_get(value, "file")) {
+        /* file.filename=NAME alone: the name tells the driver. */
+        int r = name_to_storage_tree(file, out, e);
+        if (r < 0)
+            return r;
+        AUTO_JSON json_t *rest = json_deep_copy(value);
+        json_object_del(rest, "filename");
+        json_object_update_recursive(*out, rest);
+        return 0;
+    }
     if (json_is_object(value)) {
         *out = json_deep_copy(value);
         return 0;

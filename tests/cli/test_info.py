@@ -36,10 +36,10 @@ def test_json_of_a_chain_is_a_list(run, raw):
 
 
 def test_a_hostile_name_is_shown_safely(run, tmp_path):
-    name = "a\x1b[31m\nimage: fake"
+    name = "./a\x1b[31m\nimage: fake"
     (tmp_path / name).write_bytes(b"x" * 512)
     out = run("info", name, cwd=tmp_path).stdout
-    assert out.splitlines()[0] == "image: a\\x1b[31m\\x0aimage: fake"
+    assert out.splitlines()[0] == "image: ./a\\x1b[31m\\x0aimage: fake"
     assert json.loads(run("info", "--output=json", name, cwd=tmp_path).stdout)["filename"] == name
 
 
