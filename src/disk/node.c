@@ -162,3 +162,15 @@ int node_reopen_co(struct node *n, bool rw, struct err *e) {
         r = reopen_one_co(n, rw, perm, shared, e);
     return r < 0 ? err_prefix(e, "%s", n->filename ? n->filename : n->name) : 0;
 }
+
+int node_restrict_co(struct node *n, unsigned shared, struct err *e) {
+    if (!(n->shared & ~shared))
+        return 0;
+    unsigned before = n->shared;
+    node_quiesce_co(n);
+    int r = reopen_one_co(n, node_is_rw(n), n->perm, n->shared & shared, e);
+    if (r < 0)
+        n->shared = before;
+    node_resume(n);
+    return r < 0 ? err_prefix(e, "%s", n->filename ? n->filename : n->name) : 0;
+}

@@ -112,6 +112,12 @@ void node_resume(struct node *n);
  */
 int node_reopen_co(struct node *n, bool rw, struct err *e);
 
+/*
+ * Takes away from others what is not in `shared` (enum perm): the locks on the files below follow.
+ * -EAGAIN with the holder's name when somebody does it already; then nothing has changed.
+ */
+int node_restrict_co(struct node *n, unsigned shared, struct err *e);
+
 /* Storage and format under all filters: the node that `raw` and friends put their bytes on. */
 struct node *node_storage(struct node *n);
 

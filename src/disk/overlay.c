@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Temporary snapshots: see overlay.h.
+ *
+ *      overlay (qcow2, read-write, never flushed)
+ *          |--file-->    scratch file without a name
+ *          `--backing--> base, as the caller opened it
+ *
+ * While the overlay is thrown away its header names no backing file: nobody but this process will
+ * ever open it.  Keeping it means: hold the guest's requests, name the base in the header, write
+ * out the cached metadata, sync, link.  Up to the link nothing has changed for anybody; when it
+ * fails the header is put back.  Where the scratch file cannot be linked (another file system, or
+ * a file system without unnamed files) its content is copied hole by hole into an unnamed file in
+ * the target's folder, and that is linked; the overlay goes on in its scratch file.
+ *
+ * Nobody else may write to or resize the base while an overlay lies over it, also when it is a raw
+ * disk that its first opener would have shared.
+ */
+#include "disk/overlay.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "base/cleanup.h"
+#include "base/err.h"
+#include "disk/engine.h"
+
+/*
+ * Of the throw-away layer.  A write that is smaller than
+ * the cluster copies the rest of it from the base, a smaller cluster needs more tables.
+ */
+#define OVERLAY_CLUSTER (16 * KIB)
+/* The largest disk whose first-level table stays below 4 MiB with that cluster size. */
+#define OVERLAY_CLUSTER_LARGE (64 * KIB)
+#define COPY_PIECE MIB
+
+static void json_unref(json_t **j) {
+    json_decref(*j);
+}
+
+static const char *scratch_dir(const struct overlay_opts *opts) {
+    const char *tmp = getenv("TMPDIR");
+    if (opts && opts->scratch_dir && *opts->scratch_dir)
+        return opts->scratch_dir;
+    return tmp && *tmp ? tmp : "/var/tmp";
+}
+
+static int create_scratch_co(const struct overlay_opts *opts, struct node **out, struct err *e) {
+    struct create_ctx ctx = {
+        .name = scratch_dir(opts),
+        .flags = CREATE_SCRATCH,
+        .size_limit = opts ? opts->scratch_size : 0,
+        .node_flags = NODE_NO_FLUSH | NODE_UNMAP,
+    };
+    int r = storage_create_co(&ctx, out, e);
+    return r ? err_prefix(e, "temporary snapshot") : 0;
+}
+
+static int format_scratch_co(struct node *file, const struct driver *qcow2, uint64_t size,
+                             struct err *e) {
+    uint64_t cluster = size > 64 * TIB ? OVERLAY_CLUSTER_LARGE : OVERLAY_CLUSTER;
+    json_t *opts AUTO(json_unref) =
+        json_pack("{s:I, s:I}", "size", (json_int_t)size, "cluster_size", (json_int_t)cluster);
+    if (!opts)
+        return err_set(e, ENOMEM, "out of memory");
+    return format_create_co(file, qcow2, opts, e);
+}
+
+int overlay_create_co(struct node *base, const struct overlay_opts *opts, struct node **out,
+                      struct err *e) {
+    const struct driver *qcow2 = driver_find("qcow2");
+    struct node *file = NULL, *n = NULL;
+    if (!qcow2)
+        return err_set(e, ENOTSUP, "temporary snapshots need the qcow2 driver");
+    int r = node_restrict_co(base, PERM_CONSISTENT_READ | PERM_WRITE_UNCHANGED, e);
+    if (!r)
+        r = create_scratch_co(opts, &file, e);
+    if (r)
+        return r;
+    struct open_req req = {.flags = OPEN_RW | OPEN_NO_BACKING | OPEN_UNMAP, .cache = CACHE_UNSAFE};
+    r = format_scratch_co(file, qcow2, base->size, e);
+    if (!r)
+        r = node_open_on_co(file, qcow2, NULL, &req, &n, e);
+    if (r) {
+        node_unref_co(file);
+        return err_prefix(e, "temporary snapshot");
+    }
+    n->backing = base;
+    free(n->filename);
+    n->filename = xasprintf("%s (temporary snapshot)", base->filename);
+    *out = n;
+    return 0;
+}
+
+int64_t overlay_allocated(struct node *overlay) {
+    return disk_allocated(overlay);
+}
+
+/* ------------------------------------------------------------------- keep */
+
+/* What a header can say about the base from any folder.  *name is owned. */
+static int base_name(const struct node *base, char **name, struct err *e) {
+    const char *path = base->filename;
+    if (!strcmp(base->drv->name, "raw") && base->file && base->size != base->file->size)
+        return err_set(e, ENOTSUP,
+                       "the base is a part of '%s', which a backing file name cannot say", path);
+    if (!name_has_protocol(path) || !strncmp(path, "file:", 5)) {
+        const char *plain = strncmp(path, "file:", 5) ? path : path + 5;
+        *name = realpath(plain, NULL);
+        return *name ? 0 : err_errno(e, errno, "base file '%s'", plain);
+    }
+    *name = xstrdup(path);
+    return 0;
+}
+
+/* Copies the data runs of one storage node to another, empty one, and makes it as long. */
+static int copy_storage_co(struct node *from, struct node *to, struct err *e) {
+    void *buf = buf_get(COPY_PIECE);
+    int r = buf ? 0 : -ENOMEM;
+    for (uint64_t at = 0, len; !r && at < from->size; at += len) {
+        struct extent x = {.length = from->size - at, .kind = EXTENT_DATA};
+        if (from->drv->storage->extents_co)
+            r = from->drv->storage->extents_co(from, at, from->size - at, &x);
+        len = x.kind == EXTENT_ZERO ? x.length : min_u64(x.length, COPY_PIECE);
+        struct iovec v = {buf, len};
+        if (!r && x.kind != EXTENT_ZERO)
+            r = disk_preadv_co(from, at, len, &v, 1, IO_BULK);
+        if (!r && x.kind != EXTENT_ZERO)
+            r = disk_pwritev_co(to, at, len, &v, 1, IO_BULK);
+    }
+    buf_put(buf, COPY_PIECE);
+    if (r)
+        return err_errno(e, -r, "copying the snapshot");
+    return to->size < from->size ? disk_resize_co(to, from->size, PREALLOC_OFF, e) : 0;
+}
+
+static int keep_by_copy_co(struct node *file, const char *name, bool replace, struct err *e) {
+    struct node *to;
+    struct create_ctx ctx = {.name = name,
+                             .flags = CREATE_UNNAMED | (replace ? CREATE_REPLACE : 0)};
+    int r = storage_create_co(&ctx, &to, e);
+    if (r)
+        return r;
+    r = copy_storage_co(file, to, e);
+    if (!r)
+        r = node_link_co(to, name, replace, e);
+    node_unref_co(to);
+    return r;
+}
+
+/* The overlay is quiesced. */
+static int keep_quiesced_co(struct node *n, const char *base, const char *name, bool replace,
+                            struct err *e) {
+    struct node *file = n->file;
+    int r = n->drv->format->set_backing_co(n, base, n->backing->drv->name, e);
+    if (r)
+        return r;
+    /* The slot itself: disk_flush_co would wait for the quiesce to end, and skips NO_FLUSH. */
+    r = n->drv->format->flush_co ? n->drv->format->flush_co(n) : 0;
+    if (r)
+        return err_errno(e, -r, "writing the snapshot's metadata");
+    file->flags &= ~(unsigned)NODE_NO_FLUSH;
+    r = node_link_co(file, name, replace, e);
+    if (!r) {
+        n->flags &= ~(unsigned)NODE_NO_FLUSH; /* a proper image now: flushes count */
+        free(n->filename);
+        n->filename = xstrdup(name);
+        return 0;
+    }
+    file->flags |= NODE_NO_FLUSH;
+    /* Elsewhere, not linkable, or kept before: a copy does it.  It meets any other obstacle too. */
+    if (r != -EXDEV && r != -ENOENT && r != -EINVAL)
+        return r;
+    err_clear(e);
+    return keep_by_copy_co(file, name, replace, e);
+}
+
+int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct err *e) {
+    char *base AUTO_FREE = NULL;
+    if (!overlay->drv->format->set_backing_co)
+        return err_set(e, ENOTSUP, "format '%s' cannot record a backing file", overlay->drv->name);
+    int r = base_name(overlay->backing, &base, e);
+    if (r)
+        return err_prefix(e, "%s", name);
+    node_quiesce_co(overlay);
+    r = keep_quiesced_co(overlay, base, name, replace, e);
+    if (r)
+        overlay->drv->format->set_backing_co(overlay, NULL, NULL, NULL);
+    node_resume(overlay);
+    return r ? err_prefix(e, "%s", name) : 0;
+}
