@@ -11,8 +11,9 @@
  * Invariants
  *  1. node->size is what the file's size is as far as we know; it grows with our own writes.
  *     Others may shrink the file: reads behind its end give zeros.
- *  2. Space allocated ahead lies behind the end of the file ([size, ahead_end)), so the size stays
- *     true at every moment; it is given back at close and before the file gets a name.
+ *  2. Space allocated ahead lies behind the end of the file ([size, ahead_end)); the size that
+ *     others see stays true at every moment, that of a file without a name is node->size.  The
+ *     space is given back at close and before the file gets a name.
  *  3. `run` is what SEEK_DATA/SEEK_HOLE said last; every change of the file that could make it
  *     wrong drops it *after* the change (a query may come in between).
  *

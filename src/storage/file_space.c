@@ -12,7 +12,10 @@
  * lock and with a journal credit for each new size; in space that fallocate has allocated before,
  * the same append runs at memory speed (4 GiB: 0.6 s instead of 2.5 to 14 s).  So a file that
  * grows by writes in sequence gets the next step allocated behind its end with
- * FALLOC_FL_KEEP_SIZE: st_size stays true.  It begins after AHEAD_START appended bytes, steps
+ * FALLOC_FL_KEEP_SIZE: st_size stays true.  (A direct write that moves the end has the file to
+ * itself; so a file without a name, which nobody else can look at, is made longer too: 1.4 s
+ * instead of 1.7 to 2.1 s for 4 GiB.  Its true end is node->size, and is made so before the link.)
+ * It begins after AHEAD_START appended bytes, steps
  * double up to AHEAD_STEP_MAX, and a full disk makes the steps small and then stops them, so that
  * the write itself meets the clean ENOSPC.  What is unused goes back by ftruncate to the same size
  * (ext4 and XFS free blocks behind the end then).  Only for ext4: XFS allocates ahead by itself,
@@ -78,7 +81,7 @@ static void file_ahead_co(struct node *n, uint64_t from, uint64_t end) {
     if (to <= from || to > INT64_MAX)
         return;
     s->ahead_busy = s->ahead_used = true;
-    int r = loop_fallocate_co(s->fd, FALLOC_FL_KEEP_SIZE, from, to - from);
+    int r = loop_fallocate_co(s->fd, s->unnamed ? 0 : FALLOC_FL_KEEP_SIZE, from, to - from);
     s->ahead_busy = false;
     if (!r) {
         s->ahead_step = step;
@@ -115,7 +118,9 @@ int file_grow_co(struct node *n, uint64_t offset, uint64_t end) {
 void file_trim(struct node *n) {
     struct file_state *s = file_state(n);
     struct stat st;
-    if (!s->ahead_used || fstat(s->fd, &st) || ftruncate(s->fd, st.st_size))
+    if (!s->ahead_used || fstat(s->fd, &st))
+        return;
+    if (ftruncate(s->fd, s->unnamed ? (off_t)n->size : st.st_size))
         return; /* the space comes back with the next truncate: not worth failing for */
     s->ahead_used = false;
     s->ahead_end = s->ahead_step = s->appended = s->append_end = 0;
@@ -303,7 +308,7 @@ int file_truncate_co(struct node *n, uint64_t size, int prealloc, struct err *e)
     if (r)
         return err_errno(e, -r, "cannot resize from %" PRIu64 " to %" PRIu64 " bytes", n->size,
                          size);
-    if (!grows) /* ftruncate has freed what was allocated ahead */
+    if (!grows || s->unnamed) /* ftruncate has freed what was allocated ahead */
         s->ahead_end = s->appended = s->append_end = 0;
     n->size = size;
     return 0;
