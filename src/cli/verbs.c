@@ -10,10 +10,11 @@ extern const struct verb verb_create;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
 extern const struct verb verb_map;
+extern const struct verb verb_run;
 
 const struct verb *const verb_table[] = {
-    &verb_info,  &verb_create, &verb_convert, &verb_compare,
-    &verb_check, &verb_map,    &verb_help,    NULL,
+    &verb_info, &verb_create, &verb_convert, &verb_compare, &verb_check,
+    &verb_map,  &verb_run,    &verb_help,    NULL,
 };
 
 const struct verb *verb_find(const char *name) {
