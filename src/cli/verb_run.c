@@ -256,6 +256,19 @@ static void unwatch_signals(struct run *r) {
         loop_off_signal(r->ctx->loop, stop_signals[i]);
 }
 
+/*
+ * Ctrl-C reaches QEMU and us alike, and QEMU may be gone before our loop has looked at its signals:
+ * what is still pending when the child has ended counts.
+ */
+static int pending_stop_signal(void) {
+    sigset_t set;
+    sigpending(&set);
+    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++)
+        if (sigismember(&set, stop_signals[i]) == 1)
+            return stop_signals[i];
+    return 0;
+}
+
 /* QEMU changes these for its serial console, and restores them unless it is killed. */
 struct terminal {
     bool is_tty;
@@ -325,6 +338,8 @@ static int guest_co(struct run *r) {
     }
     ret = vm_wait_co(r->vm);
     r->ended = true;
+    if (!r->signo)
+        r->signo = pending_stop_signal();
     terminal_restore(&tty);
     vm_free(r->vm);
     if (ret < 0)

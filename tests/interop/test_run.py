@@ -371,6 +371,14 @@ def test_stopped_guest_commits_nothing(started, blank):
     assert blank.read_bytes() == bytes(1 << 20)
 
 
+def test_interrupt_that_ends_the_guest_first_still_commits_nothing(run, blank, fake):
+    # Ctrl-C reaches both; the guest ends at once and with status 0.
+    run("run", "--snapshot", "--commit-on-exit", "-f", "raw", *fake(
+        "disks[0].pwrite(b'z'*512, 0); os.kill(os.getppid(), signal.SIGINT); os._exit(0)"), blank,
+        status=130)
+    assert blank.read_bytes() == bytes(1 << 20)
+
+
 def test_real_guest_ends_on_sigterm(strata, disk, scratch, linux):
     before = sha256(disk)
     p = subprocess.Popen([strata, "run", "--snapshot", "--scratch", scratch, "-f", "raw",
