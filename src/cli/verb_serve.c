@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include "base/cleanup.h"
+#include "base/log.h"
 #include "base/strbuf.h"
 #include "cli/daemon.h"
 #include "disk/io.h"
@@ -42,7 +43,6 @@ struct args {
 };
 
 #define PORT_DEFAULT 10809
-#define PORT_NOT_GIVEN 65536
 
 static const struct cli_opt opts[] = {
     CLI_FORMAT_ROW(struct args, image.format),
@@ -52,8 +52,8 @@ static const struct cli_opt opts[] = {
     CLI_TRUST_ROW(struct args, image.trust),
     CLI_STR(struct args, socket, 'k', "socket", "PATH", "listen on a unix socket"),
     CLI_STR(struct args, bind, 'b', "bind", "HOST", "listen on this address (127.0.0.1)"),
-    CLI_U64(struct args, port, 'p', "port", "N", PORT_NOT_GIVEN, 0, 65536,
-            "listen on this TCP port (10809); 0 takes any free one"),
+    CLI_U64(struct args, port, 'p', "port", "N", PORT_DEFAULT, 0, UINT16_MAX,
+            "listen on this TCP port; 0 takes any free one"),
     CLI_STR(struct args, name, 'x', "name", "NAME", "name of the export; none by default"),
     CLI_STR(struct args, description, 'D', "description", "TEXT", "description of the export"),
     CLI_FLAG(struct args, read_only, 'r', "read-only", "refuse all writes"),
@@ -94,7 +94,7 @@ struct serve {
 static int check_args(struct verb_ctx *ctx) {
     struct args *a = ctx->args;
     struct err *e = &ctx->err;
-    if (a->socket && (a->bind || a->port != PORT_NOT_GIVEN))
+    if (a->socket && (a->bind || a->port != PORT_DEFAULT))
         return err_set(e, EINVAL, "--socket and --bind or --port exclude each other");
     if (!a->snapshot) {
         const char *needs = a->commit         ? "--commit-on-exit"
@@ -120,11 +120,13 @@ static int serve_prepare(struct verb_ctx *ctx) {
     int rc = check_args(ctx);
     if (rc < 0)
         return rc;
+    if (a->verbose)
+        cli_log_level(ctx, LOG_LV_INFO);
     /* LISTEN_PID names this process, not the child. */
     a->activated_n = nbd_listen_activated(&a->activated_fd, &ctx->err);
     if (a->activated_n < 0)
         return a->activated_n;
-    if (a->activated_n && (a->socket || a->bind || a->port != PORT_NOT_GIVEN))
+    if (a->activated_n && (a->socket || a->bind || a->port != PORT_DEFAULT))
         return err_set(&ctx->err, EINVAL,
                        "socket activation and --socket, --bind or --port exclude each other");
     return a->fork ? daemon_fork(&a->status_fd, &ctx->err) : 0;
@@ -216,7 +218,7 @@ static int listen_unix(struct serve *s) {
 
 static int listen_tcp(struct serve *s) {
     const struct args *a = s->a;
-    uint16_t port = a->port == PORT_NOT_GIVEN ? PORT_DEFAULT : (uint16_t)a->port;
+    uint16_t port = (uint16_t)a->port;
     int fd = nbd_listen_tcp(a->bind, &port, &s->ctx->err);
     if (fd < 0)
         return fd;

@@ -40,14 +40,12 @@ struct listener {
 };
 
 void nbd_log(struct nbd_client *c, const char *fmt, ...) {
-    if (!c->s->verbose)
-        return;
     char text[200];
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
-    log_msg(LOG_LV_INFO, "NBD client %u: %s", c->id, text);
+    log_msg(c->s->verbose ? LOG_LV_INFO : LOG_LV_DEBUG, "NBD client %u: %s", c->id, text);
 }
 
 /* ---------------------------------------------------------------- clients */

@@ -33,7 +33,7 @@ struct nbd_server_opts {
      */
     void (*on_idle)(void *arg);
     void *arg;
-    bool verbose; /* log each connection and protocol error through log.h */
+    bool verbose; /* connections and protocol errors are LOG_LV_INFO, else LOG_LV_DEBUG */
 };
 
 int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct nbd_server **out,
