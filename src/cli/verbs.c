@@ -4,18 +4,27 @@
 #include "cli/cli.h"
 
 extern const struct verb verb_check;
-extern const struct verb verb_compare;
-extern const struct verb verb_convert;
 extern const struct verb verb_create;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
 extern const struct verb verb_map;
 extern const struct verb verb_run;
+extern const struct verb verb_serve;
 
+/* clang-format off */
 const struct verb *const verb_table[] = {
-    &verb_info, &verb_create, &verb_convert, &verb_compare, &verb_check,
-    &verb_map,  &verb_run,    &verb_help,    NULL,
+    &verb_info,
+    &verb_create,
+    &verb_convert,
+    &verb_compare,
+    &verb_check,
+    &verb_map,
+    &verb_serve,
+    &verb_run,
+    &verb_help,
+    NULL,
 };
+/* clang-format on */
 
 const struct verb *verb_find(const char *name) {
     for (int i = 0; verb_table[i]; i++)

@@ -49,7 +49,7 @@ def refused(run, *args):
     (["-x", "n" * 5000, "-k", "sock"], "at most 4096 bytes"),
     (["-x", b"\xff", "-k", "sock"], "UTF-8"),
     (["-p", "99999"], "99999"),
-    (["-e", "0"], "share"),
+    (["-e", "0"], "0 is not between 1 and"),
     (["-k", "/nowhere/at/all"], "/nowhere/at/all: No such file or directory"),
     (["--cache", "fast"], "fast"),
     (["--pid-file", "/nowhere/p", "-k", "sock"], "/nowhere/p: No such file"),
@@ -64,7 +64,7 @@ def test_wrong_options_are_refused_in_a_sentence(strata, disk, tmp_path, args, t
 
 
 def test_missing_image_is_refused(run, tmp_path):
-    assert "none.raw: No such file or directory" in refused(run, "-k", tmp_path / "s", tmp_path / "none.raw")
+    assert "none.raw: cannot open: No such file" in refused(run, "-k", tmp_path / "s", tmp_path / "none.raw")
     assert not (tmp_path / "s").exists()
 
 

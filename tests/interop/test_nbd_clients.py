@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import threading
 
 import nbd
@@ -161,12 +162,14 @@ def test_request_of_32_mib(serve, handle, structured):
         assert h.pread(32 * MIB, 0) == data
 
 
-def test_read_of_holes_is_sent_as_hole_chunks(serve, handle):
+def test_read_of_holes_is_sent_as_hole_chunks(serve, handle, fmt):
+    """Where the map knows them; a raw file's holes would cost a system call to find."""
     with serve("-t") as s:
         h = handle(s.uri)
         seen = []
         h.pread_structured(2 * MIB, 3 * MIB, lambda buf, at, kind, err: seen.append((at, len(buf), kind)))
-        assert sorted(seen) == [(3 * MIB, MIB, nbd.READ_DATA), (4 * MIB, MIB, nbd.READ_HOLE)]
+        expected = [(3 * MIB, MIB, nbd.READ_DATA), (4 * MIB, MIB, nbd.READ_HOLE)]
+        assert sorted(seen) == (expected if fmt == "qcow2" else [(3 * MIB, 2 * MIB, nbd.READ_DATA)])
 
 
 def test_df_read_is_one_chunk(serve, handle):
@@ -388,10 +391,12 @@ def test_socket_activation(strata, disk, fmt, peer, tmp_path):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
+    shim = ("import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+            "os.execv(sys.argv[2], sys.argv[2:])")
     proc = subprocess.Popen(
-        ["sh", "-c", f'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&{listener.fileno()}', "sh",
-         strata, "serve", "-f", fmt, disk], pass_fds=[listener.fileno()], stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True)
+        [sys.executable, "-c", shim, str(listener.fileno()), strata, "serve", "-f", fmt, disk],
+        pass_fds=[listener.fileno()], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert "systemd" in proc.stdout.readline()
         h = nbd.NBD()
