@@ -327,8 +327,10 @@ static int serve_run_co(struct verb_ctx *ctx) {
         node_unref_co(s.node);
     if (s.pid_written)
         unlink(s.a->pid_file);
-    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++)
+    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++) {
+        signal(stop_signals[i], SIG_IGN); /* one that comes now asks for what is done already */
         loop_off_signal(ctx->loop, stop_signals[i]);
+    }
     strbuf_free(&s.uri);
     return rc;
 }

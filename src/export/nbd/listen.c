@@ -11,32 +11,52 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 #include "base/cleanup.h"
 #include "base/err.h"
 
 #define BACKLOG 128
+#define STALE_TRIES 10
+#define STALE_PAUSE_NS 10000000
 #define ACTIVATED_FIRST 3 /* SD_LISTEN_FDS_START */
 #define ACTIVATED_MAX 64
 
-/* Removes the socket file when nobody answers there. */
+/* True when a connection is taken by a process that lives. */
+static bool somebody_listens(const struct sockaddr_un *sa) {
+    AUTO_FD int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return true;
+    if (connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) < 0)
+        return errno != ECONNREFUSED;
+    struct ucred peer = {0};
+    socklen_t len = sizeof(peer);
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0 ||
+           kill(peer.pid, 0) == 0 || errno != ESRCH;
+}
+
+/*
+ * Removes the socket file when nobody answers there.  The kernel may keep the socket of a killed
+ * process for a few milliseconds (an io_uring is torn down in the background), hence the patience.
+ */
 static int replace_stale(const char *path, const struct sockaddr_un *sa, struct err *e) {
     struct stat st;
     if (lstat(path, &st) < 0)
         return err_errno(e, errno, "%s", path);
     if (!S_ISSOCK(st.st_mode))
         return err_set(e, EADDRINUSE, "%s: exists and is not a socket", path);
-    AUTO_FD int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0)
-        return err_errno(e, errno, "socket");
-    if (connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) == 0 || errno != ECONNREFUSED)
-        return err_set(e, EADDRINUSE, "%s: another server listens there", path);
+    for (int tries = 0; somebody_listens(sa); tries++) {
+        if (tries == STALE_TRIES)
+            return err_set(e, EADDRINUSE, "%s: another server listens there", path);
+        nanosleep(&(struct timespec){0, STALE_PAUSE_NS}, NULL);
+    }
     if (unlink(path) < 0 && errno != ENOENT)
         return err_errno(e, errno, "%s: replacing a stale socket", path);
     return 0;
