@@ -4,6 +4,8 @@
 #include "cli/cli.h"
 
 extern const struct verb verb_check;
+extern const struct verb verb_compare;
+extern const struct verb verb_convert;
 extern const struct verb verb_create;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
