@@ -11,7 +11,7 @@ text and random bytes, as raw and as qcow2.
 
     BENCH_GIB=4         data in the file system
     BENCH_ROUNDS=3      rounds a row
-    BENCH_SECONDS=3     of load for each NBD figure
+    BENCH_SECONDS=2     of load for each NBD figure
     BENCH_DIR=/var/tmp  where the images go (about five times BENCH_GIB)
     BENCH_ONLY=TEXT     rows whose name contains TEXT
     BENCH_SKIP_SLOW=1   leave out qemu-img's slow default modes
@@ -35,7 +35,7 @@ STRATA = os.environ.get("STRATA") or os.path.join(BUILD, "src/strata")
 LOAD = os.path.join(BUILD, "bench/nbd_load")
 GIB = float(os.environ.get("BENCH_GIB", "4"))
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
-SECONDS = float(os.environ.get("BENCH_SECONDS", "3"))
+SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))
 ONLY = os.environ.get("BENCH_ONLY", "")
 SKIP_SLOW = os.environ.get("BENCH_SKIP_SLOW", "") not in ("", "0")
 os.environ["PATH"] += ":/sbin:/usr/sbin"

@@ -215,6 +215,52 @@ def test_write_is_on_stable_storage_order_with_a_flush(run, tmp_path, fake):
     assert (tmp_path / "d").read_bytes()[4096:8192] == b"y" * 4096
 
 
+# ---------------------------------------------------------------- firmware boots from our disks
+
+def boot_sector(text):
+    """Writes `text` to the serial port, then switches the machine off (ACPI port of q35)."""
+    code = bytes.fromhex("31c0 8ed8"            # ds = 0
+                         "baf803 be1c7c"        # dx = COM1, si = text
+                         "ac 08c0 7403 ee ebf8"  # until the NUL: out dx, al
+                         "ba0406 b80020 ef"     # outw(0x604, S5)
+                         "f4 ebfd")
+    return (code + text.encode() + b"\0").ljust(510, b"\0") + b"\x55\xaa"
+
+
+def bootable_cd(text):
+    """The least that El Torito asks for: a boot record, a catalogue, one image without emulation."""
+    def sector(start, data):
+        return start * 2048, data.ljust(2048, b"\0")
+
+    entry = bytes([1, 0, 0, 0]) + b"\0" * 24 + b"\0\0" + b"\x55\xaa"
+    total = sum(int.from_bytes(entry[i:i + 2], "little") for i in range(0, 32, 2)) & 0xffff
+    entry = entry[:28] + (-total & 0xffff).to_bytes(2, "little") + entry[30:]
+    initial = bytes([0x88, 0, 0, 0, 0, 0, 1, 0]) + (20).to_bytes(4, "little") + b"\0" * 20
+    image = bytearray(24 * 2048)
+    for offset, data in (
+            sector(16, b"\1CD001\1" + b" " * 72 + (24).to_bytes(4, "little") + (24).to_bytes(4, "big")),
+            sector(17, b"\0CD001\1" + b"EL TORITO SPECIFICATION".ljust(32, b"\0") + b"\0" * 32 +
+                   (19).to_bytes(4, "little")),
+            sector(18, b"\xffCD001\1"), sector(19, entry + initial), sector(20, boot_sector(text))):
+        image[offset:offset + 2048] = data
+    return bytes(image)
+
+
+def test_firmware_boots_from_the_disk(run, tmp_path):
+    (tmp_path / "disk").write_bytes(boot_sector("hello from the disk").ljust(1 << 20, b"\0"))
+    p = run("run", "--snapshot", "-f", "raw", "-m", "64", "--accel", "tcg", "--nographic", "--no-net",
+            tmp_path / "disk", timeout=60)
+    assert "hello from the disk" in p.stdout
+
+
+def test_firmware_boots_from_the_cd_when_asked(run, tmp_path):
+    (tmp_path / "disk").write_bytes(boot_sector("hello from the disk").ljust(1 << 20, b"\0"))
+    (tmp_path / "cd.iso").write_bytes(bootable_cd("hello from the CD"))
+    p = run("run", "--snapshot", "-f", "raw", "-m", "64", "--accel", "tcg", "--nographic", "--no-net",
+            "--cdrom", tmp_path / "cd.iso", "--boot", "d", tmp_path / "disk", timeout=60)
+    assert "hello from the CD" in p.stdout
+
+
 # ---------------------------------------------------------------- what is refused
 
 @pytest.fixture
