@@ -118,6 +118,20 @@ def test_closed_standard_output_is_an_error_and_hits_no_image(strata, tmp_path):
     assert image.read_bytes() == b"x" * 512
 
 
+def test_no_image_gets_the_number_of_a_closed_standard_descriptor(strata, tmp_path):
+    """What is printed would be written into it."""
+    (tmp_path / "a").write_bytes(b"x" * 512)
+    log = tmp_path / "log"
+    subprocess.run(["sh", "-c", 'exec strace -e trace=openat,eventfd2,socket -o "$0" "$@" '
+                    "<&- >&- 2>&-", log, strata, "convert", "-O", "raw", tmp_path / "a",
+                    tmp_path / "b"], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
+    opened = [line for line in log.read_text().splitlines() if line.endswith((" = 0", " = 1", " = 2"))]
+    # The program's loader may use and close the numbers before main runs.
+    low = [line for line in opened if not any(s in line for s in (".so", "/dev/null", "/proc/", "/sys/"))]
+    assert len([line for line in opened if "/dev/null" in line]) == 3
+    assert low == []
+
+
 def test_reader_that_left_is_an_error_not_a_signal(strata, tmp_path):
     image = tmp_path / "a"
     with open(image, "wb") as f:
