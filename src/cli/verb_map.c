@@ -16,6 +16,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 #include "base/ck.h"
 #include "base/err.h"
 #include "cli/cli.h"
@@ -46,7 +47,6 @@ struct run {
 
 struct printer {
     bool json, any;
-    bool lines;
 };
 
 static bool joins(const struct run *a, const struct run *b) {
@@ -170,6 +170,8 @@ static int map_run_co(struct verb_ctx *ctx) {
         node_unref_co(n);
         return rc;
     }
+    if (!isatty(STDOUT_FILENO))
+        setvbuf(stdout, NULL, _IOFBF, 1 << 16);
     struct printer p = {.json = a->output == OUTPUT_JSON};
     uint64_t end = a->start + min_u64(a->max_length, n->size - a->start);
     rc = map_range_co(ctx, n, a->start, end, &p);

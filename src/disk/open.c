@@ -83,8 +83,8 @@ static int name_to_storage_tree(const char *name, json_t **out, struct err *e) {
         int r = drv->parse_name(name, t, e);
         if (r < 0)
             return r;
-    } else if (json_object_set_new(t, "filename", json_string(name)) < 0) {
-        return err_set(e, EINVAL, "the file name is not valid UTF-8");
+    } else if (json_object_set_new(t, "filename", json_string_nocheck(name)) < 0) {
+        return err_set(e, ENOMEM, "no memory"); /* any bytes but NUL and '/' make a file name */
     }
     *out = steal(&t);
     return 0;
@@ -498,7 +498,7 @@ static void apply_format(json_t **tree, const char *format) {
         json_object_set_new(wrapped, "file", *tree);
         *tree = wrapped;
     }
-    json_object_set_new(*tree, "driver", json_string(format));
+    json_object_set_new(*tree, "driver", json_string_nocheck(format));
 }
 
 int node_open_co(const struct open_req *req, struct node **out, struct err *e) {
@@ -536,7 +536,7 @@ int node_open_on_co(struct node *file, const struct driver *format, const json_t
     root_want(req, &want);
     if (file->filename && !json_object_get(tree, "file")) {
         json_t *f = json_object();
-        json_object_set_new(f, "filename", json_string(file->filename));
+        json_object_set_new(f, "filename", json_string_nocheck(file->filename));
         json_object_set_new(tree, "file", f);
     }
     json_object_set_new(tree, "driver", json_string(format->name));

@@ -37,7 +37,7 @@ static int file_parse_name(const char *name, json_t *tree, struct err *e) {
     const char *path = strncmp(name, "host_device:", 12) ? file_path(name) : name + 12;
     if (!*path)
         return err_set(e, EINVAL, "the file name is empty");
-    json_t *value = json_string(path);
+    json_t *value = json_string_nocheck(path);
     if (!value)
         return err_set(e, EINVAL, "the file name is not valid UTF-8");
     return json_object_set_new(tree, "filename", value) ? err_set(e, ENOMEM, "out of memory") : 0;

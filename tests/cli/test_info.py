@@ -43,6 +43,16 @@ def test_a_hostile_name_is_shown_safely(run, tmp_path):
     assert json.loads(run("info", "--output=json", name, cwd=tmp_path).stdout)["filename"] == name
 
 
+def test_a_name_that_is_not_utf8(run, tmp_path):
+    name = os.fsdecode(b"\xff\xfe.img")
+    (tmp_path / name).write_bytes(b"x" * 512)
+    assert run("info", name, cwd=tmp_path).stdout.startswith("image: \\xff\\xfe.img\n")
+    j = json.loads(run("info", "--output=json", name, cwd=tmp_path).stdout)
+    assert j["filename"] == "\\xff\\xfe.img"
+    run("map", name, cwd=tmp_path)
+    run("create", name, "1M", cwd=tmp_path)
+
+
 def test_image_options(run, raw):
     p = run("info", "--image-opts", "--output=json", f"driver=raw,size=1M,file.filename={raw}")
     assert json.loads(p.stdout)["virtual-size"] == 1 << 20
@@ -129,3 +139,7 @@ def test_info_starts_no_thread_and_no_io_uring(strata, raw, tmp_path):
                     strata, "info", raw], check=True, stdout=subprocess.DEVNULL,
                    env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
     assert "clone" not in log.read_text() and "io_uring" not in log.read_text()
+
+
+def test_a_format_that_is_not_utf8_is_not_ignored(run, raw):
+    assert_one_line_error(run("info", "-f", os.fsdecode(b"\xff"), raw, status=1), "\\xff")
