@@ -204,6 +204,7 @@ int qcow2_writeback_all_co(struct qcow2 *s);
 extern const struct codec qcow2_codec_deflate, qcow2_codec_zstd;
 
 /* ---- create.c, measure.c ---- */
+enum { QCOW2_CREATE_ENCRYPT = 8 }; /* number of encrypt.* options */
 struct qcow2_create_opts {
     uint64_t size;
     uint64_t cluster_size;
@@ -213,6 +214,9 @@ struct qcow2_create_opts {
     int compression_type; /* enum qcow2_compression */
     int preallocation;    /* enum prealloc */
     bool lazy_refcounts, extended_l2;
+    /* recognised, and refused as not yet supported */
+    char *data_file, *encrypt[QCOW2_CREATE_ENCRYPT];
+    bool data_file_raw, encryption;
 };
 extern const struct opt qcow2_create_opt_table[];
 int qcow2_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,

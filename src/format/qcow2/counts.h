@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A number for every host cluster, mostly 0 or 1: what `check` counts references with.
+ *
+ * Pages of 4096 clusters, made when first touched: one bit a cluster while all its numbers are 0 or
+ * 1 (512 bytes), one byte a cluster from the first larger one on; 255 and more live in a hash
+ * table.  A 1 TiB image of 64 KiB clusters, all in use once, takes 2 MiB.
+ *
+ * Pure memory, no I/O.  The clusters of a call must be below `clusters` (asserted).
+ */
+#ifndef STRATA_FORMAT_QCOW2_COUNTS_H
+#define STRATA_FORMAT_QCOW2_COUNTS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define COUNTS_CLUSTERS_MAX ((uint64_t)1 << 31) /* directory of 4 MiB */
+
+struct counts_big {
+    uint64_t cluster, value; /* value 0: empty place */
+};
+struct counts {
+    uint64_t clusters;
+    uintptr_t *pages; /* address of the page, bit 0: one byte a cluster; 0: all zero */
+    struct counts_big *big;
+    size_t big_count, big_cap; /* cap: 0 or a power of two */
+};
+
+int counts_init(struct counts *c, uint64_t clusters); /* -ENOMEM; -EFBIG beyond the limit */
+void counts_free(struct counts *c);                   /* accepts a zeroed one */
+
+/* Adds `by` to each of [first, first + n); stays at UINT64_MAX.  -ENOMEM: some were added. */
+int counts_add(struct counts *c, uint64_t first, uint64_t n, uint64_t by);
+uint64_t counts_get(const struct counts *c, uint64_t cluster);
+/* Every one of [first, first + n) is 1; none of them is above 0. */
+bool counts_all_one(const struct counts *c, uint64_t first, uint64_t n);
+bool counts_all_zero(const struct counts *c, uint64_t first, uint64_t n);
+/* First cluster in [from, end) where the two differ, or `end`. */
+uint64_t counts_difference(const struct counts *a, const struct counts *b, uint64_t from,
+                           uint64_t end);
+/* Highest cluster below `end` with a number above 0; UINT64_MAX: none. */
+uint64_t counts_last(const struct counts *c, uint64_t end);
+
+#endif
