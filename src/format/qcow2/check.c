@@ -1,0 +1,314 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * `check`: does every cluster have as many names as its reference count says, and does everything
+ * lie where it may?  Never writes.
+ *
+ * Steps
+ *   1. the stored counts are loaded out of the refcount blocks;
+ *   2. all metadata is counted and marked: header, tables, refcount blocks, L2 tables of the active
+ *      image and of snapshots, bitmaps;
+ *   3. the L2 tables are walked: entries checked, their clusters counted;
+ *   4. stored and found counts are compared.
+ *
+ * Nothing is trusted.  Memory: four counts (one bit a cluster at first, see counts.h) of at most as
+ * many clusters as the file has; a name outside the file is a corruption and not counted.  Tables
+ * are read in pieces of 1 MiB, neighbours together, each table once however many entries name it.
+ *
+ * Verdict: as qemu-img check's.  Leak: stored > found.  Corruption: stored < found, COPIED flag of
+ * the active tables unlike (stored == 1), unaligned, reserved bits, outside the file, a refcount
+ * block that shares its cluster.  Stricter than that, because a writer would destroy something:
+ * data or L2 tables that share a cluster with metadata although the counts agree, an L2 table named
+ * twice in one L1 table, the zero flag or a lone COPIED flag where the version forbids it.
+ * Coded data is not decoded.
+ */
+#include "format/qcow2/check.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "disk/io.h"
+
+/* ---- reporting ---- */
+
+static void report(struct check *c, bool leak, const char *fmt, va_list ap) {
+    char text[320];
+    if (!c->r->report)
+        return;
+    vsnprintf(text, sizeof(text), fmt, ap);
+    c->r->report(c->r->arg, leak, text);
+}
+
+void check_corruption(struct check *c, const char *fmt, ...) {
+    va_list ap;
+    c->r->corruptions++;
+    va_start(ap, fmt);
+    report(c, false, fmt, ap);
+    va_end(ap);
+}
+
+void check_failure(struct check *c, const char *fmt, ...) {
+    va_list ap;
+    c->r->check_errors++;
+    va_start(ap, fmt);
+    report(c, false, fmt, ap);
+    va_end(ap);
+}
+
+void check_progress(struct check *c, uint64_t bytes) {
+    c->done += bytes;
+    if (!c->r->progress || c->done - c->shown < c->total / 1024)
+        return;
+    c->shown = c->done;
+    c->r->progress(c->r->arg, min_u64(c->done, c->total), c->total);
+}
+
+/* ---- places and counts ---- */
+
+bool check_inside(const struct check *c, uint64_t offset, uint64_t length) {
+    uint64_t end;
+    return ck_add(offset, length, &end) &&
+           (end <= c->file_length || end - c->file_length < c->s->cluster_size);
+}
+
+int check_count(struct check *c, uint64_t offset, uint64_t length, uint64_t names) {
+    if (!length)
+        return 0;
+    uint64_t first = offset >> c->s->cluster_bits;
+    uint64_t last = (offset + length - 1) >> c->s->cluster_bits;
+    c->clusters = max_u64(c->clusters, last + 1);
+    return counts_add(&c->found, first, last - first + 1, names);
+}
+
+int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t length, bool *ok) {
+    *ok = true;
+    if (!length)
+        return 0;
+    if (!is_aligned(offset, c->s->cluster_size)) {
+        check_corruption(c, "%s: offset %" PRIu64 " is not a multiple of the cluster size %" PRIu32,
+                         what, offset, c->s->cluster_size);
+        *ok = false;
+        return 0;
+    }
+    if (!check_inside(c, offset, length)) {
+        check_corruption(c,
+                         "%s: %" PRIu64 " bytes at offset %" PRIu64
+                         " reach beyond the end of the file at %" PRIu64,
+                         what, length, offset, c->file_length);
+        *ok = false;
+        return 0;
+    }
+    uint64_t first = offset >> c->s->cluster_bits, n = qcow2_clusters_for(c->s, length);
+    if (!counts_all_zero(&c->fixed, first, n) || !counts_all_zero(&c->l2, first, n)) {
+        check_corruption(c, "%s: %" PRIu64 " bytes at offset %" PRIu64 " overlap other metadata",
+                         what, length, offset);
+        *ok = offset != 0; /* the header is no table; anything else may still be worth a look */
+    }
+    int r = counts_add(&c->fixed, first, n, 1);
+    return r ? r : check_count(c, offset, length, 1);
+}
+
+/* ---- the stored counts ---- */
+
+/* `words` 64-bit words of counts that begin with that of `cluster`. */
+static int load_words(struct check *c, const uint8_t *p, uint64_t words, uint64_t cluster) {
+    uint32_t order = c->s->refcount_order, per_word = 64u >> order;
+    uint64_t end = c->stored.clusters, ones = 0, run = 0, word;
+    for (unsigned i = 0; i < per_word; i++)
+        qcow2_refcount_set((uint8_t *)&ones, i, order, 1);
+    for (uint64_t w = 0; w < words && cluster < end; w++, cluster += per_word) {
+        memcpy(&word, p + w * 8, 8);
+        if (word == ones && end - cluster >= per_word) {
+            run += per_word;
+            continue;
+        }
+        int r = counts_add(&c->stored, cluster - run, run, 1);
+        run = 0;
+        for (uint64_t i = 0; !r && word && i < min_u64(per_word, end - cluster); i++)
+            r = counts_add(&c->stored, cluster + i, 1,
+                           qcow2_refcount_get((const uint8_t *)&word, i, order));
+        if (r)
+            return r;
+    }
+    return counts_add(&c->stored, cluster - run, run, 1);
+}
+
+/* `count` refcount blocks that follow one another in the file too, from table entry `first` on. */
+static int load_blocks_co(struct check *c, uint64_t first, uint64_t count) {
+    struct qcow2 *s = c->s;
+    uint64_t offset = s->reftable[first], bytes = count << s->cluster_bits;
+    uint64_t cluster = first << s->block_bits;
+    while (bytes) {
+        uint32_t some = (uint32_t)min_u64(bytes, CHECK_BUF_BYTES);
+        /* Counts of clusters behind the end of the file say nothing. */
+        if (cluster >= c->stored.clusters) {
+            check_progress(c, bytes);
+            return 0;
+        }
+        int r = disk_pread_co(s->file, offset, c->buf, some);
+        if (r)
+            check_failure(c, "refcount block %" PRIu64 " at offset %" PRIu64 ": cannot read: %s",
+                          cluster >> s->block_bits, offset, strerror(-r));
+        else if ((r = load_words(c, c->buf, some / 8, cluster)))
+            return r;
+        check_progress(c, some);
+        offset += some;
+        bytes -= some;
+        cluster += (uint64_t)some * 8 >> s->refcount_order;
+    }
+    return 0;
+}
+
+/* The refcount table's entry is usable: its block is counted. */
+static int check_block(struct check *c, uint64_t i, bool *ok) {
+    char what[64];
+    uint64_t entry = c->s->reftable[i];
+    *ok = false;
+    if (!entry)
+        return 0;
+    snprintf(what, sizeof(what), "refcount block %" PRIu64, i);
+    if (entry & ~QCOW2_REFTABLE_MASK) {
+        check_corruption(c, "refcount table entry %" PRIu64 ": 0x%" PRIx64 " has reserved bits set",
+                         i, entry);
+        return 0;
+    }
+    return check_metadata(c, what, entry, c->s->cluster_size, ok);
+}
+
+static int check_refcounts_co(struct check *c) {
+    struct qcow2 *s = c->s;
+    uint64_t run_first = 0, run = 0;
+    int r = 0;
+    if (s->reftable_problem) {
+        check_corruption(c, "%s", s->reftable_problem);
+        return 0;
+    }
+    for (uint64_t i = 0; !r && i < s->reftable_entries; i++) {
+        bool ok;
+        r = check_block(c, i, &ok);
+        if (r || !ok)
+            continue;
+        if (run && run_first + run == i &&
+            s->reftable[i] == s->reftable[run_first] + (run << s->cluster_bits)) {
+            run++;
+            continue;
+        }
+        if (run)
+            r = load_blocks_co(c, run_first, run);
+        run_first = i;
+        run = 1;
+    }
+    if (!r && run)
+        r = load_blocks_co(c, run_first, run);
+    return r;
+}
+
+/* ---- the comparison ---- */
+
+/* `n` clusters from `first` on with the same two counts. */
+static void report_difference(struct check *c, uint64_t first, uint64_t n, uint64_t stored,
+                              uint64_t found) {
+    bool leak = stored > found;
+    char which[96], text[256];
+    uint64_t offset = first << c->s->cluster_bits;
+    *(leak ? &c->r->leaks : &c->r->corruptions) += n;
+    if (!c->r->report)
+        return;
+    if (n == 1)
+        snprintf(which, sizeof(which), "cluster %" PRIu64 " at offset %" PRIu64, first, offset);
+    else
+        snprintf(which, sizeof(which),
+                 "clusters %" PRIu64 "-%" PRIu64 " from offset %" PRIu64 " on", first,
+                 first + n - 1, offset);
+    snprintf(text, sizeof(text),
+             "%s: reference count is %" PRIu64 ", %" PRIu64 " references found%s", which, stored,
+             found, leak ? " (leaked)" : "");
+    c->r->report(c->r->arg, leak, text);
+}
+
+static void compare(struct check *c) {
+    uint64_t at = 0;
+    while ((at = counts_difference(&c->stored, &c->found, at, c->clusters)) < c->clusters) {
+        uint64_t stored = counts_get(&c->stored, at), found = counts_get(&c->found, at), n = 1;
+        while (at + n < c->clusters && counts_get(&c->stored, at + n) == stored &&
+               counts_get(&c->found, at + n) == found)
+            n++;
+        report_difference(c, at, n, stored, found);
+        at += n;
+    }
+    uint64_t a = counts_last(&c->stored, c->clusters), b = counts_last(&c->found, c->clusters);
+    uint64_t last = a == UINT64_MAX ? b : b == UINT64_MAX ? a : max_u64(a, b);
+    c->r->image_end_offset = last == UINT64_MAX ? 0 : (last + 1) << c->s->cluster_bits;
+}
+
+/* ---- all of it ---- */
+
+static int check_tables_co(struct check *c, struct check_inactive *inactive) {
+    struct qcow2 *s = c->s;
+    bool ok;
+    int r = check_metadata(c, "header", 0, s->cluster_size, &ok);
+    if (!r && !s->reftable_problem)
+        r = check_metadata(c, "refcount table", s->h.refcount_table_offset,
+                           (uint64_t)s->h.refcount_table_clusters << s->cluster_bits, &ok);
+    if (!r && !s->l1_problem)
+        r = check_metadata(c, "L1 table", s->h.l1_table_offset, (uint64_t)s->l1_entries * 8, &ok);
+    if (!r)
+        r = check_refcounts_co(c);
+    if (!r)
+        r = check_snapshots_co(c, inactive);
+    if (!r)
+        r = check_bitmaps_co(c);
+    if (!r)
+        r = check_l1_entries_co(c);
+    if (!r)
+        r = check_active_l2_co(c);
+    return r ? r : check_inactive_co(c, inactive);
+}
+
+static int check_init(struct check *c) {
+    struct qcow2 *s = c->s;
+    c->file_length = align_up(s->file->size, 512);
+    c->file_clusters = c->clusters = qcow2_clusters_for(s, c->file_length);
+    c->total = ((uint64_t)s->reftable_entries + s->l1_entries) << s->cluster_bits;
+    int r = counts_init(&c->stored, c->file_clusters + 1);
+    if (!r)
+        r = counts_init(&c->found, c->file_clusters + 1);
+    if (!r)
+        r = counts_init(&c->fixed, c->file_clusters + 1);
+    if (!r)
+        r = counts_init(&c->l2, c->file_clusters + 1);
+    c->l1_skip = calloc(s->l1_entries / 64 + 1, sizeof(*c->l1_skip));
+    c->buf = buf_get(CHECK_BUF_BYTES);
+    return r ? r : c->l1_skip && c->buf ? 0 : -ENOMEM;
+}
+
+int qcow2_check_co(struct node *n, struct check_result *result, struct err *e) {
+    struct check c = {.s = qcow2_of(n), .r = result};
+    struct check_inactive inactive = {0};
+    result->total_clusters = qcow2_clusters_for(c.s, c.s->h.size);
+    int r = check_init(&c);
+    if (!r)
+        r = check_tables_co(&c, &inactive);
+    if (!r) {
+        compare(&c);
+        if (result->progress)
+            result->progress(result->arg, c.total, c.total);
+    } else if (r == -EFBIG) {
+        err_set(e, EFBIG, "the file has %" PRIu64 " clusters, above the limit of %" PRIu64,
+                c.file_clusters, COUNTS_CLUSTERS_MAX - 1);
+    } else {
+        err_errno(e, -r, "checking");
+    }
+    buf_put(c.buf, CHECK_BUF_BYTES);
+    free(inactive.offsets);
+    free(c.l1_skip);
+    counts_free(&c.stored);
+    counts_free(&c.found);
+    counts_free(&c.fixed);
+    counts_free(&c.l2);
+    return r;
+}
