@@ -5,16 +5,11 @@
 #include "disk/driver.h"
 
 extern const struct driver driver_file, driver_host_device, driver_memory, driver_null_co,
-    driver_null_aio, driver_raw;
+    driver_null_aio, driver_raw, driver_qcow2;
 
 const struct driver *const driver_table[] = {
-    &driver_raw,
-    &driver_file,
-    &driver_host_device,
-    &driver_memory,
-    &driver_null_co,
-    &driver_null_aio,
-    NULL,
+    &driver_raw,    &driver_qcow2,   &driver_file,     &driver_host_device,
+    &driver_memory, &driver_null_co, &driver_null_aio, NULL,
 };
 
 const char *const prealloc_names[] = {"off", "metadata", "falloc", "full", NULL};

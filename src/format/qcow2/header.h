@@ -37,6 +37,13 @@ enum {
     QCOW2_SNAPSHOTS_MAX = 65536,        /* the reference reader's cap */
 };
 
+/* Fields that are rewritten alone: where they stand. */
+enum {
+    QCOW2_HEADER_SIZE_AT = 24,      /* size, (crypt), L1 entries, L1 offset: 24 bytes */
+    QCOW2_HEADER_REFTABLE_AT = 48,  /* refcount table offset and clusters: 12 bytes */
+    QCOW2_HEADER_AUTOCLEAR_AT = 88, /* 8 bytes */
+};
+
 enum qcow2_incompatible {
     QCOW2_INCOMPAT_DIRTY = 1 << 0,
     QCOW2_INCOMPAT_CORRUPT = 1 << 1,

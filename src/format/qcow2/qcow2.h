@@ -7,7 +7,9 @@
  *      open.c       the driver table; open, close, reopen, new header fields
  *      cache.c      slices of L2 tables and refcount blocks
  *      map.c        guest range -> extent
- *      refcount.c   reference counts, allocation, growth of the table, limbo
+ *      meta.c       the set of clusters that hold metadata
+ *      refcount.c   reference counts, allocation, limbo
+ *      grow.c       new refcount blocks, growth of the refcount table
  *      place.c      room for writes: place, publish, abandon; L2 tables made and copied
  *      zero.c       set_zero and discard
  *      flush.c      the ordered write-back of everything dirty
@@ -25,7 +27,8 @@
  *     written, not inside the header, a table or a refcount block.
  *  5. All state belongs to the node's loop.  Between two suspensions it is consistent.
  *
- * Locks, in this order: l2_lock (making or copying an L2 table), grow_lock (new refcount blocks,
+ * Locks, in this order: l2_lock (making or copying an L2 table), coded_lock (the cursor of coded
+ * data), grow_lock (new refcount blocks,
  * new refcount table), wb_lock (one write-back at a time).
  */
 #ifndef STRATA_FORMAT_QCOW2_QCOW2_H
@@ -71,8 +74,7 @@ struct qcow2 {
     uint32_t refcount_order;
     uint32_t block_bits; /* log2 of counts in a refcount block: cluster_bits + 3 - refcount_order */
     uint64_t refcount_max;
-    bool has_backing; /* the header names one, or the node has one */
-    bool reads_zero;  /* storage: what was never written reads as zeros */
+    bool reads_zero; /* storage: what was never written reads as zeros */
 
     /* active L1 table, host byte order; l1_entries of them are in use (= h.l1_size) */
     uint64_t *l1;
@@ -90,12 +92,11 @@ struct qcow2 {
 
     struct qcow2_cache cache;
 
-    /* metadata at fixed places, for the overlap check: header, L1, refcount table, snapshot table
+    /*
+     * Read-write only: the clusters that hold the header, tables, refcount blocks (snapshots' L1
+     * tables included; not their L2 tables), as an open-addressed set of cluster index + 1.
      */
-    struct qcow2_range fixed[4];
-    /* open-addressed set of the clusters that hold L2 tables and refcount blocks; read-write only
-     */
-    uint64_t *meta_set;
+    uint64_t *meta;
     size_t meta_count, meta_mask;
 
     /* allocator */
@@ -104,13 +105,13 @@ struct qcow2 {
     uint64_t coded_pos;   /* next byte for coded data; 0: none */
     uint64_t coded_end;   /* end of its host cluster */
     bool coded_used;      /* the file's end needs padding to 512 */
+    uint64_t releases;    /* counts events that may have lowered free_cursor */
     struct qcow2_limbo limbo;
-    bool draining;
-    struct task_mutex l2_lock, grow_lock, wb_lock;
+    bool settling;
+    struct task_mutex l2_lock, coded_lock, grow_lock, wb_lock;
 
     /* write-back, see flush.c */
     uint64_t wb_started, wb_done;
-    bool wb_dirty_header;
 };
 
 static inline struct qcow2 *qcow2_of(struct node *n) {
@@ -128,6 +129,10 @@ static inline uint64_t qcow2_l1_index(const struct qcow2 *s, uint64_t offset) {
 static inline uint32_t qcow2_l2_index(const struct qcow2 *s, uint64_t offset) {
     return (offset >> s->cluster_bits) & (((uint32_t)1 << s->l2_bits) - 1);
 }
+/* A layer below: the header names one (opened or not), or the node was given one. */
+static inline bool qcow2_has_backing(const struct qcow2 *s) {
+    return s->h.backing_file || s->node->backing;
+}
 /* False: barriers mean nothing (cache unsafe, throw-away overlay). */
 static inline bool qcow2_ordered(const struct qcow2 *s) {
     return !((s->node->flags | s->file->flags) & NODE_NO_FLUSH);
@@ -135,13 +140,16 @@ static inline bool qcow2_ordered(const struct qcow2 *s) {
 
 /* ---- open.c ---- */
 extern const struct driver driver_qcow2;
-/* Rewrites cluster 0 from `h` (whole header area, one write, flushed when ordered). */
-int qcow2_header_write_co(struct qcow2 *s, const struct qcow2_header *h, struct err *e);
-/* -EIO when [offset, +length) shares a byte with the header or a table of fixed place, or a cluster
- * of it holds an L2 table or a refcount block. */
-int qcow2_overlap_check(const struct qcow2 *s, uint64_t offset, uint64_t length);
-int qcow2_meta_add(struct qcow2 *s, uint64_t host); /* -ENOMEM */
-void qcow2_meta_remove(struct qcow2 *s, uint64_t host);
+/* ---- meta.c: which clusters hold metadata ---- */
+int qcow2_meta_add(struct qcow2 *s, uint64_t host, uint64_t length); /* -ENOMEM */
+void qcow2_meta_remove(struct qcow2 *s, uint64_t host, uint64_t length);
+/* Fills the set from header, tables and snapshots: before the first write. */
+int qcow2_meta_build_co(struct qcow2 *s, struct err *e);
+bool qcow2_meta_find(const struct qcow2 *s, uint64_t key);
+/* Whether the cluster at `host` holds metadata. */
+static inline bool qcow2_is_meta(const struct qcow2 *s, uint64_t host) {
+    return s->meta && qcow2_meta_find(s, (host >> s->cluster_bits) + 1);
+}
 
 /* ---- map.c ---- */
 int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
@@ -162,8 +170,13 @@ int qcow2_alloc_co(struct qcow2 *s, uint64_t want, bool exact, uint64_t *host, u
                    bool *virgin);
 /* `length` bytes (<= cluster_size) for coded data; counts raised. */
 int qcow2_alloc_coded_co(struct qcow2 *s, uint32_t length, uint64_t *host);
+/* The slice and index of a cluster's count; *out NULL: no block covers it (the count is 0). */
+int qcow2_refcount_slice_co(struct qcow2 *s, uint64_t cluster, struct qcow2_slice **out,
+                            uint32_t *index);
 /* Takes one reference from each cluster now: only for clusters that no table on storage names. */
 int qcow2_release_co(struct qcow2 *s, uint64_t cluster, uint64_t count);
+/* The same without suspending: what is not in the cache goes into limbo. */
+void qcow2_release_or_limbo(struct qcow2 *s, uint64_t cluster, uint64_t count);
 /* One reference of each cluster goes into limbo.  Memory gone: the clusters leak. */
 void qcow2_limbo_add(struct qcow2 *s, uint64_t cluster, uint64_t count);
 /* Puts what L2 entry `entry` named into limbo. */
@@ -173,6 +186,12 @@ void qcow2_limbo_release_co(struct qcow2 *s, struct qcow2_limbo *l);
 /* Unordered storage only: releases what is in limbo now. */
 void qcow2_limbo_settle_co(struct qcow2 *s);
 void qcow2_limbo_free(struct qcow2_limbo *l);
+
+/* ---- grow.c ---- */
+/* Makes the refcount block for block index `bi` (and a larger table); 0 also when it exists. */
+int qcow2_grow_block_co(struct qcow2 *s, uint64_t bi);
+/* `clusters` contiguous ones behind everything that is covered, blocks for them included. */
+int qcow2_grow_area_co(struct qcow2 *s, uint64_t clusters, uint64_t *host);
 
 /* ---- place.c ---- */
 int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flags,
@@ -197,6 +216,11 @@ int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int p
 
 /* ---- flush.c ---- */
 int qcow2_flush_co(struct node *n);
+/* Writes the dirty refcount blocks; the caller holds wb_lock. */
+int qcow2_write_refblocks_co(struct qcow2 *s);
+/* Writes `length` bytes of a table, from host byte order, in pieces. */
+int qcow2_table_write_co(struct qcow2 *s, uint64_t host, const uint64_t *entries, uint64_t count,
+                         uint64_t bytes);
 /* As qcow2_flush_co, until nothing is dirty (what limbo releases included): close, keep. */
 int qcow2_writeback_all_co(struct qcow2 *s);
 

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Which host clusters hold metadata: the cheap defence against tables that lie.
+ *
+ * A corrupt refcount block can call a cluster free that holds the L1 table; a corrupt L2 entry can
+ * name a refcount block as guest data.  Writing there would turn damage that can be repaired into
+ * loss.  So every cluster that is allocated, overwritten in place or given back is looked up here
+ * first, for a few nanoseconds.
+ *
+ * The set knows the header, the active L1 table and its L2 tables, the refcount table and its
+ * blocks, the snapshot table and the snapshots' L1 tables.  It does not know the L2 tables that
+ * only snapshots name.  An image with more than META_MAX such clusters (far beyond what its cap on
+ * L1 bytes allows for normal clusters) is covered in part.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "disk/io.h"
+#include "format/qcow2/qcow2.h"
+
+#define META_MAX ((size_t)4 << 20) /* 64 MiB of set at the worst */
+
+static size_t slot_of(const struct qcow2 *s, uint64_t key) {
+    return (size_t)(key * UINT64_C(0x9e3779b97f4a7c15) >> 24) & s->meta_mask;
+}
+
+bool qcow2_meta_find(const struct qcow2 *s, uint64_t key) {
+    for (size_t i = slot_of(s, key); s->meta[i]; i = (i + 1) & s->meta_mask)
+        if (s->meta[i] == key)
+            return true;
+    return false;
+}
+
+static void insert(struct qcow2 *s, uint64_t key) {
+    size_t i = slot_of(s, key);
+    while (s->meta[i] && s->meta[i] != key)
+        i = (i + 1) & s->meta_mask;
+    if (!s->meta[i])
+        s->meta_count++;
+    s->meta[i] = key;
+}
+
+/* Room for one more with at most half of the slots in use. */
+static int reserve(struct qcow2 *s) {
+    if (s->meta && s->meta_count * 2 < s->meta_mask)
+        return 0;
+    size_t slots = s->meta ? (s->meta_mask + 1) * 2 : 256;
+    uint64_t *old = s->meta;
+    size_t old_slots = old ? s->meta_mask + 1 : 0;
+    uint64_t *grown = calloc(slots, sizeof(*grown));
+    if (!grown)
+        return -ENOMEM;
+    s->meta = grown;
+    s->meta_mask = slots - 1;
+    s->meta_count = 0;
+    for (size_t i = 0; i < old_slots; i++)
+        if (old[i])
+            insert(s, old[i]);
+    free(old);
+    return 0;
+}
+
+int qcow2_meta_add(struct qcow2 *s, uint64_t host, uint64_t length) {
+    uint64_t first = qcow2_cluster_index(s, host), count = qcow2_clusters_for(s, length);
+    for (uint64_t i = 0; i < count && s->meta_count < META_MAX; i++) {
+        int r = reserve(s);
+        if (r < 0)
+            return r;
+        insert(s, first + i + 1);
+    }
+    return 0;
+}
+
+static void remove_key(struct qcow2 *s, uint64_t key) {
+    size_t hole = slot_of(s, key);
+    while (s->meta[hole] && s->meta[hole] != key)
+        hole = (hole + 1) & s->meta_mask;
+    if (!s->meta[hole])
+        return;
+    s->meta_count--;
+    /* Close the gap: move back whatever a probe would no longer reach. */
+    for (size_t i = (hole + 1) & s->meta_mask; s->meta[i]; i = (i + 1) & s->meta_mask) {
+        size_t home = slot_of(s, s->meta[i]);
+        if (((i - home) & s->meta_mask) >= ((i - hole) & s->meta_mask)) {
+            s->meta[hole] = s->meta[i];
+            hole = i;
+        }
+    }
+    s->meta[hole] = 0;
+}
+
+void qcow2_meta_remove(struct qcow2 *s, uint64_t host, uint64_t length) {
+    uint64_t first = qcow2_cluster_index(s, host), count = qcow2_clusters_for(s, length);
+    for (uint64_t i = 0; s->meta && i < count; i++)
+        remove_key(s, first + i + 1);
+}
+
+/* One snapshot table entry at `at`: its L1 table joins the set; *length is the entry's own. */
+static int add_snapshot_co(struct qcow2 *s, uint64_t at, uint64_t *length) {
+    uint8_t b[40];
+    int r = disk_pread_co(s->file, at, b, sizeof(b));
+    if (r < 0)
+        return r;
+    uint64_t l1 = be64_load(b), bytes = (uint64_t)be32_load(b + 8) * 8;
+    *length = align_up(
+        40 + (uint64_t)be16_load(b + 12) + be16_load(b + 14) + (uint64_t)be32_load(b + 36), 8);
+    /* A bad snapshot is no reason to refuse the disk; what cannot be real is not protected. */
+    if (bytes > QCOW2_L1_BYTES_MAX || l1 >= QCOW2_HOST_LIMIT || *length > MIB)
+        return *length > MIB ? -EIO : 0;
+    return qcow2_meta_add(s, l1, bytes);
+}
+
+static int add_snapshots_co(struct qcow2 *s, struct err *e) {
+    uint64_t at = s->h.snapshots_offset;
+    for (uint32_t i = 0; i < s->h.nb_snapshots; i++) {
+        uint64_t length = 0;
+        int r = add_snapshot_co(s, at, &length);
+        if (r < 0)
+            return err_errno(e, -r, "snapshot table: entry %" PRIu32 " at %" PRIu64, i, at);
+        at += length;
+    }
+    if (!s->h.nb_snapshots)
+        return 0;
+    return qcow2_meta_add(s, s->h.snapshots_offset, at - s->h.snapshots_offset);
+}
+
+/* A table's clusters, which nothing else may use: two tables in one cluster cannot both be kept. */
+static int add_table(struct qcow2 *s, const char *what, uint64_t host, uint64_t length,
+                     struct err *e) {
+    uint64_t count = qcow2_clusters_for(s, length);
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t at = host + (i << s->cluster_bits);
+        if (qcow2_is_meta(s, at) && !(s->node->flags & NODE_CHECK)) {
+            err_set(e, EIO, "%s at %" PRIu64 " shares its cluster with another table", what, at);
+            err_hint(e, "the image is damaged and can only be opened for reading");
+            return -EIO;
+        }
+        if (qcow2_meta_add(s, at, s->cluster_size) < 0)
+            return err_set(e, ENOMEM, "no memory for the tables");
+    }
+    return 0;
+}
+
+int qcow2_meta_build_co(struct qcow2 *s, struct err *e) {
+    int r = add_table(s, "header", 0, s->cluster_size, e);
+    if (!r && s->l1_entries)
+        r = add_table(s, "L1 table", s->h.l1_table_offset, (uint64_t)s->l1_entries * 8, e);
+    if (!r && s->reftable_entries)
+        r = add_table(s, "refcount table", s->h.refcount_table_offset,
+                      (uint64_t)s->reftable_entries * 8, e);
+    for (uint32_t i = 0; !r && i < s->reftable_entries; i++) {
+        uint64_t block = s->reftable[i] & QCOW2_REFTABLE_MASK;
+        if (block)
+            r = add_table(s, "refcount block", block, s->cluster_size, e);
+    }
+    for (uint32_t i = 0; !r && i < s->l1_entries; i++) {
+        uint64_t table = s->l1[i] & QCOW2_OFFSET_MASK;
+        if (table)
+            r = add_table(s, "L2 table", table, s->cluster_size, e);
+    }
+    return r ? r : add_snapshots_co(s, e);
+}

@@ -1,0 +1,374 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The qcow2 driver: opening, closing, changing between read-only and read-write, and its table.
+ *
+ * Opening reads the header's cluster and the L1 table; the refcount table and the set of metadata
+ * clusters only where something will be written (or checked), so that looking at an image is cheap.
+ *
+ * Damage: whatever would make an answer wrong or a write dangerous refuses the open.  An open to
+ * check (NODE_CHECK) goes on with an empty table instead and says why in l1_problem and
+ * reftable_problem.
+ *
+ * Before the first write an image must be told: autoclear bits that this code does not maintain
+ * (all of them) are cleared as soon as it is open for writing.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "base/cleanup.h"
+#include "disk/io.h"
+#include "disk/open.h"
+#include "format/qcow2/qcow2.h"
+
+/* The header's first read: enough for all of it with the usual cluster size. */
+#define FIRST_READ ((uint32_t)(64 * KIB))
+
+struct qcow2_open_opts {
+    bool unused; /* the rows below are children, which have no field */
+};
+
+static const struct opt open_opts[] = {
+    OPT_CHILD("file", OPT_OPEN, "the storage of the image"),
+    OPT_CHILD("backing", OPT_OPEN, "the layer below; default: what the header names"),
+    OPT_END,
+};
+
+static int qcow2_probe(const uint8_t *buf, size_t len, uint64_t size, const char *name) {
+    if (len < 8 || be32_load(buf) != QCOW2_MAGIC)
+        return 0;
+    return be32_load(buf + 4) >= 2 ? 100 : 0; /* version 1 is another format, "qcow" */
+}
+
+/* ---------------------------------------------------------------- reading what is there */
+
+static int read_header_co(struct qcow2 *s, struct err *e) {
+    uint64_t have = s->file->size;
+    uint32_t len = (uint32_t)min_u64(have, FIRST_READ), need;
+    AUTO_FREE uint8_t *buf = malloc(FIRST_READ);
+    if (!have)
+        return err_set(e, EINVAL, "not a qcow2 image: the file is empty");
+    int r = buf ? disk_pread_co(s->file, 0, buf, len) : -ENOMEM;
+    if (r < 0)
+        return err_errno(e, -r, "reading the header");
+    r = qcow2_header_peek(buf, len, &need, e);
+    if (r < 0)
+        return r;
+    need = (uint32_t)min_u64(need, have);
+    if (need > len) {
+        uint8_t *grown = realloc(buf, need);
+        if (!grown)
+            return err_set(e, ENOMEM, "no memory for the header");
+        buf = grown;
+        r = disk_pread_co(s->file, len, buf + len, need - len);
+        if (r < 0)
+            return err_errno(e, -r, "reading the header");
+        len = need;
+    }
+    return qcow2_header_decode(buf, min_u64(need, len), &s->h, e);
+}
+
+static void set_geometry(struct qcow2 *s) {
+    s->cluster_bits = s->h.cluster_bits;
+    s->cluster_size = (uint32_t)1 << s->cluster_bits;
+    s->l2_bits = s->cluster_bits - 3;
+    s->refcount_order = s->h.refcount_order;
+    s->block_bits = s->cluster_bits + 3 - s->refcount_order;
+    s->refcount_max = qcow2_refcount_limit(s->refcount_order);
+}
+
+/* A table of `entries` at `offset`, into host byte order.  Bytes behind the file's end are zeros.*/
+static int read_table_co(struct qcow2 *s, const char *what, uint64_t offset, uint32_t entries,
+                         uint64_t **out, uint64_t **dirty, struct err *e) {
+    size_t n = entries ? entries : 1;
+    uint64_t *table = calloc(n, 8), *bits = calloc(div_up(n, 64), 8);
+    free(*out);
+    free(*dirty);
+    *out = table;
+    *dirty = bits;
+    if (!table || !bits)
+        return err_set(e, ENOMEM, "no memory for the %s of %" PRIu32 " entries", what, entries);
+    if (entries && offset >= s->file->size)
+        return err_set(e, EINVAL,
+                       "%s: offset %" PRIu64 " is behind the end of the file (%" PRIu64 " bytes)",
+                       what, offset, s->file->size);
+    int r = entries ? disk_pread_co(s->file, offset, table, (size_t)entries * 8) : 0;
+    if (r < 0)
+        return err_errno(e, -r, "reading the %s", what);
+    for (uint32_t i = 0; i < entries; i++)
+        table[i] = be64_load(&table[i]);
+    return 0;
+}
+
+/* A table's outcome `r`: an error, or in an open to check a note. */
+static int table_problem(const struct qcow2 *s, int r, char **problem, struct err *e) {
+    if (r >= 0 || r == -ENOMEM || !(s->node->flags & NODE_CHECK))
+        return r;
+    free(*problem);
+    *problem = xstrdup(err_text(e));
+    err_clear(e);
+    return 0;
+}
+
+static int load_l1_co(struct qcow2 *s, struct err *e) {
+    struct err why AUTO_ERR = ERR_INIT;
+    uint32_t entries = s->h.l1_size;
+    int r = qcow2_header_check_l1(&s->h, &why);
+    if (!r)
+        r = read_table_co(s, "L1 table", s->h.l1_table_offset, entries, &s->l1, &s->l1_dirty, &why);
+    s->l1_entries = r ? 0 : entries;
+    r = table_problem(s, r, &s->l1_problem, &why);
+    if (r < 0)
+        err_move(e, &why);
+    return r;
+}
+
+static int check_reftable(struct qcow2 *s, struct err *e) {
+    struct err why AUTO_ERR = ERR_INIT;
+    int r = table_problem(s, qcow2_header_check_reftable(&s->h, &why), &s->reftable_problem, &why);
+    if (r < 0)
+        err_move(e, &why);
+    return r;
+}
+
+static int load_reftable_co(struct qcow2 *s, struct err *e) {
+    struct err why AUTO_ERR = ERR_INIT;
+    uint32_t entries = (uint32_t)(((uint64_t)s->h.refcount_table_clusters << s->cluster_bits) / 8);
+    if (s->reftable_problem)
+        return 0;
+    int r = read_table_co(s, "refcount table", s->h.refcount_table_offset, entries, &s->reftable,
+                          &s->reftable_dirty, &why);
+    s->reftable_entries = r ? 0 : entries;
+    r = table_problem(s, r, &s->reftable_problem, &why);
+    if (r < 0)
+        err_move(e, &why);
+    return r;
+}
+
+/* ---------------------------------------------------------------- ready to write */
+
+static int clear_autoclear_co(struct qcow2 *s, struct err *e) {
+    uint8_t zeros[8] = {0};
+    if (s->h.version < 3 || !s->h.autoclear)
+        return 0;
+    int r = disk_pwrite_co(s->file, QCOW2_HEADER_AUTOCLEAR_AT, zeros, sizeof(zeros));
+    if (!r && qcow2_ordered(s))
+        r = disk_flush_co(s->file);
+    if (r < 0)
+        return err_errno(e, -r, "clearing the autoclear feature bits");
+    s->h.autoclear = 0;
+    return 0;
+}
+
+static int make_writable_co(struct qcow2 *s, struct err *e) {
+    bool check = s->node->flags & NODE_CHECK;
+    int r = qcow2_header_check_features(&s->h, true, check, e);
+    if (!r)
+        r = load_reftable_co(s, e);
+    if (!r)
+        r = qcow2_meta_build_co(s, e);
+    if (!r && !check)
+        r = clear_autoclear_co(s, e);
+    s->virgin_from = qcow2_clusters_for(s, s->file->size);
+    s->reads_zero = s->file->storage_flags & STORAGE_ZERO_INIT;
+    s->free_cursor = 0;
+    return r;
+}
+
+static void forget_writable(struct qcow2 *s) {
+    free(s->meta);
+    s->meta = NULL;
+    s->meta_count = s->meta_mask = 0;
+}
+
+/* Slices that would hold all L2 tables and, where something is written, all refcount blocks. */
+static uint64_t slices_wanted(const struct qcow2 *s, uint32_t slice_bytes) {
+    uint64_t clusters = qcow2_clusters_for(s, s->h.size);
+    uint64_t l2 = div_up(clusters, slice_bytes / 8);
+    uint64_t counts = div_up(clusters + l2, ((uint64_t)slice_bytes * 8) >> s->refcount_order);
+    return l2 + counts + 16;
+}
+
+/* ---------------------------------------------------------------- slots */
+
+static int open_map_co(struct node *n, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    bool rw = node_is_rw(n), check = n->flags & NODE_CHECK;
+    int r = read_header_co(s, e);
+    if (r < 0)
+        return r;
+    set_geometry(s);
+    r = qcow2_header_check_features(&s->h, rw, check, e);
+    if (!r)
+        r = load_l1_co(s, e);
+    if (!r)
+        r = check_reftable(s, e);
+    if (!r && !check)
+        r = qcow2_header_check_snapshots(&s->h, e);
+    if (r < 0)
+        return r;
+    uint32_t slice_bytes =
+        s->cluster_size < QCOW2_SLICE_BYTES_MAX ? s->cluster_size : QCOW2_SLICE_BYTES_MAX;
+    s->slice_bits = (uint32_t)__builtin_ctz(slice_bytes / 8);
+    if (qcow2_cache_init(&s->cache, s->file, slice_bytes, slices_wanted(s, slice_bytes)) < 0)
+        return err_set(e, ENOMEM, "no memory for the metadata cache");
+    if (rw)
+        return make_writable_co(s, e);
+    return check ? load_reftable_co(s, e) : 0;
+}
+
+static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    s->node = n;
+    task_mutex_init(&s->l2_lock);
+    task_mutex_init(&s->coded_lock);
+    task_mutex_init(&s->grow_lock);
+    task_mutex_init(&s->wb_lock);
+    int r = node_open_child_co(n, ctx, "file", CHILD_FILE_METADATA, &n->file, e);
+    if (r < 0)
+        return r;
+    s->file = n->file;
+    r = open_map_co(n, e);
+    if (r < 0)
+        return r;
+    n->size = s->h.size;
+    n->granularity = s->cluster_size;
+    n->codec =
+        s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &qcow2_codec_zstd : &qcow2_codec_deflate;
+    if (s->h.backing_file)
+        n->backing_name = xstrdup(s->h.backing_file);
+    if (s->h.backing_file && s->h.backing_format)
+        n->backing_format = xstrdup(s->h.backing_format);
+    return node_open_backing_co(n, ctx, e);
+}
+
+/* Readers expect whole sectors; nobody is writing any more. */
+static void pad_end_co(struct qcow2 *s) {
+    static const uint8_t zeros[512];
+    uint64_t end = s->file->size, pad = align_up(end, 512) - end;
+    if (s->coded_used && pad)
+        disk_pwrite_co(s->file, end, zeros, pad);
+    s->coded_used = false;
+}
+
+static void qcow2_close_co(struct node *n) {
+    struct qcow2 *s = qcow2_of(n);
+    if (s->cache.hash && s->meta) { /* open for writing, and fully opened */
+        qcow2_writeback_all_co(s);  /* whoever must know the outcome has flushed before */
+        pad_end_co(s);
+    }
+    qcow2_limbo_free(&s->limbo);
+    qcow2_cache_free(&s->cache);
+    forget_writable(s);
+    free(s->l1);
+    free(s->l1_dirty);
+    free(s->reftable);
+    free(s->reftable_dirty);
+    free(s->l1_problem);
+    free(s->reftable_problem);
+    qcow2_header_free(&s->h);
+    memset(s, 0, sizeof(*s));
+}
+
+static int qcow2_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    bool rw = new_flags & NODE_RW;
+    int r = 0;
+    if (rw == node_is_rw(n))
+        return 0;
+    if (rw) {
+        r = make_writable_co(s, e);
+    } else {
+        r = qcow2_writeback_all_co(s);
+        if (r < 0)
+            return err_errno(e, -r, "writing the metadata back");
+        pad_end_co(s);
+    }
+    if (r < 0 || !rw)
+        forget_writable(s);
+    return r;
+}
+
+/* Header bytes, rewritten whole with another backing file. */
+static int write_backing_co(struct qcow2 *s, char *name, char *format, struct err *e) {
+    char *old_name = s->h.backing_file, *old_format = s->h.backing_format;
+    uint8_t *buf = buf_get(s->cluster_size);
+    if (!buf)
+        return err_set(e, ENOMEM, "no memory for the header");
+    s->h.backing_file = name;
+    s->h.backing_format = format;
+    int64_t used = qcow2_header_encode(&s->h, buf, s->cluster_size, e);
+    int r = used < 0 ? (int)used : 0;
+    if (!r) {
+        /* Old bytes behind the new header's end mean nothing. */
+        r = disk_pwrite_co(s->file, 0, buf, align_up((uint64_t)used, 512));
+        if (!r && qcow2_ordered(s))
+            r = disk_flush_co(s->file);
+        if (r < 0)
+            err_errno(e, -r, "writing the header");
+    }
+    buf_put(buf, s->cluster_size);
+    if (r < 0) {
+        s->h.backing_file = old_name;
+        s->h.backing_format = old_format;
+        return r;
+    }
+    free(old_name);
+    free(old_format);
+    return 0;
+}
+
+static int qcow2_set_backing_co(struct node *n, const char *name, const char *format,
+                                struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    AUTO_FREE char *new_name = name && *name ? xstrdup(name) : NULL;
+    AUTO_FREE char *new_format = new_name && format ? xstrdup(format) : NULL;
+    if (new_name && strlen(new_name) > QCOW2_BACKING_NAME_MAX)
+        return err_set(e, ENOSPC, "backing file name has %zu bytes, more than %d", strlen(new_name),
+                       QCOW2_BACKING_NAME_MAX);
+    int r = write_backing_co(s, new_name, new_format, e);
+    if (r < 0)
+        return r;
+    steal(&new_name);
+    steal(&new_format);
+    free(n->backing_name);
+    free(n->backing_format);
+    n->backing_name = s->h.backing_file ? xstrdup(s->h.backing_file) : NULL;
+    n->backing_format = s->h.backing_format ? xstrdup(s->h.backing_format) : NULL;
+    return 0;
+}
+
+static const struct format_ops qcow2_format = {
+    .probe = qcow2_probe,
+    .create_co = qcow2_create_co,
+    .map_co = qcow2_map_co,
+    .place_co = qcow2_place_co,
+    .publish_co = qcow2_publish_co,
+    .abandon = qcow2_abandon,
+    .set_zero_co = qcow2_set_zero_co,
+    .discard_co = qcow2_discard_co,
+    .resize_co = qcow2_resize_co,
+    .flush_co = qcow2_flush_co,
+    .set_backing_co = qcow2_set_backing_co,
+    .check_co = qcow2_check_co,
+    .describe = qcow2_describe,
+    .measure = qcow2_measure,
+};
+
+const struct driver driver_qcow2 = {
+    .name = "qcow2",
+    .kind = DRIVER_FORMAT,
+    .help = "QEMU's copy-on-write format, versions 2 and 3",
+    .state_size = sizeof(struct qcow2),
+    .opts = open_opts,
+    .opts_size = sizeof(struct qcow2_open_opts),
+    .create_opts = qcow2_create_opt_table,
+    .create_opts_size = sizeof(struct qcow2_create_opts),
+    .open_co = qcow2_open_co,
+    .close_co = qcow2_close_co,
+    .reopen_co = qcow2_reopen_co,
+    .format = &qcow2_format,
+};

@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Growth, and room given ahead of writes.
+ *
+ * The new size takes effect on storage by one write of the header fields that stand side by side
+ * (size, L1 entries, L1 offset).  Before it everything that it names is on stable storage; after it
+ * the old L1 table's clusters are given back.  A crash leaves the old disk or the new one.
+ *
+ *  - The L1 table has room behind its last entry, in its last cluster: the new entries are written
+ *    as zeros there (nobody reads them yet), then the header.
+ *  - Else a new table is allocated in one piece and written whole.
+ *
+ * Bytes behind the old end, in the same cluster, become visible: they are made zeros first.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "base/cleanup.h"
+#include "disk/io.h"
+#include "format/qcow2/qcow2.h"
+
+/* A copy of the last cluster of its own, zeros behind the `used` bytes at `host`. */
+static int copy_last_co(struct qcow2 *s, uint64_t start, uint32_t used, uint64_t host) {
+    struct placement p;
+    uint8_t *buf = buf_get(s->cluster_size);
+    if (!buf)
+        return -ENOMEM;
+    int r = disk_pread_co(s->file, host, buf, used);
+    memset(buf + used, 0, s->cluster_size - used);
+    if (!r)
+        r = qcow2_place_co(s->node, start, used, 0, 0, &p);
+    if (!r) {
+        r = disk_pwrite_co(s->file, p.host_offset, buf, s->cluster_size);
+        if (r < 0)
+            qcow2_abandon(s->node, &p);
+        else
+            r = qcow2_publish_co(s->node, &p);
+    }
+    buf_put(buf, s->cluster_size);
+    return r;
+}
+
+/* Makes the rest of the last cluster read as zeros. */
+static int zero_tail_co(struct qcow2 *s, uint64_t size) {
+    struct extent x;
+    uint32_t used = size & (s->cluster_size - 1);
+    if (!used)
+        return 0;
+    int r = qcow2_map_co(s->node, size - used, used, &x);
+    if (r < 0 || x.kind != EXTENT_DATA)
+        return r; /* coded clusters end in zeros, and the others have no bytes */
+    if (!(x.flags & EXTENT_IN_PLACE)) /* shared with a snapshot */
+        return copy_last_co(s, size - used, used, x.host_offset);
+    return disk_zero_co(s->file, x.host_offset + used, s->cluster_size - used, 0);
+}
+
+static int barrier_co(struct qcow2 *s) {
+    return qcow2_ordered(s) ? disk_flush_co(s->file) : 0;
+}
+
+static int write_size_co(struct qcow2 *s, uint64_t size, uint32_t entries, uint64_t l1_offset) {
+    uint8_t field[24];
+    be64_store(field, size);
+    be32_store(field + 8, s->h.crypt_method);
+    be32_store(field + 12, entries);
+    be64_store(field + 16, l1_offset);
+    int r = disk_pwrite_co(s->file, QCOW2_HEADER_SIZE_AT, field, sizeof(field));
+    return r ? r : barrier_co(s);
+}
+
+/* Larger arrays in memory; the new entries are empty. */
+static int grow_arrays(struct qcow2 *s, uint32_t entries) {
+    uint64_t *l1 = realloc(s->l1, (size_t)max_u64(entries, 1) * 8);
+    if (!l1)
+        return -ENOMEM;
+    s->l1 = l1;
+    memset(l1 + s->l1_entries, 0, (size_t)(entries - s->l1_entries) * 8);
+    size_t old_words = div_up(s->l1_entries, 64), words = div_up(entries, 64);
+    uint64_t *dirty = realloc(s->l1_dirty, max_u64(words, 1) * 8);
+    if (!dirty)
+        return -ENOMEM;
+    s->l1_dirty = dirty;
+    memset(dirty + old_words, 0, (words - old_words) * 8);
+    return 0;
+}
+
+/* Nothing is dirty: storage has all that the table names. */
+static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
+    uint64_t old_host = s->h.l1_table_offset, host = old_host, got;
+    uint64_t old_bytes = (uint64_t)s->l1_entries * 8, bytes = (uint64_t)entries * 8;
+    uint64_t old_clusters = qcow2_clusters_for(s, old_bytes);
+    uint64_t clusters = qcow2_clusters_for(s, bytes);
+    bool moved = clusters > old_clusters, virgin;
+    int r = grow_arrays(s, entries);
+    if (r < 0)
+        return r;
+    if (moved) {
+        r = qcow2_alloc_co(s, clusters, true, &host, &got, &virgin);
+        if (r < 0)
+            return r;
+        r = qcow2_table_write_co(s, host, s->l1, entries, clusters << s->cluster_bits);
+    } else if (bytes > old_bytes) {
+        r = disk_zero_co(s->file, host + old_bytes, bytes - old_bytes, 0);
+    }
+    if (!r)
+        r = qcow2_meta_add(s, host, bytes);
+    /* The new table's clusters are counted on storage before the header names it. */
+    if (!r)
+        r = qcow2_flush_co(s->node);
+    if (!r)
+        r = write_size_co(s, size, entries, host);
+    if (r < 0) {
+        if (moved) {
+            qcow2_meta_remove(s, host, bytes);
+            qcow2_release_co(s, qcow2_cluster_index(s, host), clusters);
+        }
+        return r;
+    }
+    s->h.l1_table_offset = host;
+    s->h.l1_size = s->l1_entries = entries;
+    if (moved && old_clusters) {
+        qcow2_meta_remove(s, old_host, old_bytes);
+        qcow2_release_co(s, qcow2_cluster_index(s, old_host), old_clusters);
+    }
+    return 0;
+}
+
+static int check_size(const struct qcow2 *s, uint64_t size, struct err *e) {
+    uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, size);
+    if (size < s->h.size) {
+        err_set(e, ENOTSUP, "the image cannot be made smaller (from %" PRIu64 " to %" PRIu64 ")",
+                s->h.size, size);
+        return -ENOTSUP;
+    }
+    if (entries > QCOW2_L1_BYTES_MAX / 8)
+        return err_set(e, EFBIG,
+                       "size %" PRIu64 " needs an L1 table of %" PRIu64
+                       " entries; with clusters of %" PRIu32 " bytes the limit is %d",
+                       size, entries, s->cluster_size, QCOW2_L1_BYTES_MAX / 8);
+    if (s->h.version < 3 && s->h.nb_snapshots)
+        return err_set(e, ENOTSUP,
+                       "a version 2 image with internal snapshots cannot change its size");
+    return 0;
+}
+
+int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    uint64_t old = s->h.size;
+    size = align_up(size, 512);
+    uint32_t entries =
+        (uint32_t)max_u64(s->l1_entries, qcow2_l1_entries_for(s->cluster_bits, size));
+    int r = check_size(s, size, e);
+    if (r < 0 || size == old)
+        return r;
+    r = zero_tail_co(s, old);
+    if (!r)
+        r = qcow2_writeback_all_co(s);
+    if (!r)
+        r = grow_l1_co(s, size, entries);
+    if (r < 0)
+        return err_errno(e, -r, "growing the disk from %" PRIu64 " to %" PRIu64, old, size);
+    s->h.size = n->size = size;
+    if (prealloc != PREALLOC_OFF) {
+        uint64_t from = align_up(old, s->cluster_size);
+        if (from < size)
+            r = qcow2_preallocate_co(n, from, size - from, prealloc, e);
+    }
+    return r;
+}
+
+/* One placement's worth of room: its host space made ready as `prealloc` says, then linked in. */
+static int preallocate_run_co(struct node *n, struct placement *p, int prealloc) {
+    struct qcow2 *s = qcow2_of(n);
+    uint64_t host = p->host_offset - p->head, bytes = (uint64_t)p->head + p->length + p->tail;
+    int r = 0;
+    if (prealloc == PREALLOC_FULL || !p->reads_zero)
+        r = disk_zero_co(s->file, host, bytes, 0);
+    if (r < 0) {
+        qcow2_abandon(n, p);
+        return r;
+    }
+    return qcow2_publish_co(n, p);
+}
+
+int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,
+                         struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    uint64_t end = offset + length;
+    if (prealloc == PREALLOC_OFF)
+        return 0;
+    if (qcow2_has_backing(s))
+        return err_set(e, ENOTSUP,
+                       "room cannot be given ahead in an image with a backing file: it would "
+                       "hide the backing file's content");
+    while (offset < end) {
+        struct placement p;
+        struct extent x;
+        int r = qcow2_map_co(n, offset, end - offset, &x);
+        if (!r && x.kind == EXTENT_HOLE) {
+            r = qcow2_place_co(n, offset, x.length, 0, 0, &p);
+            x.length = r ? 0 : p.length;
+            if (!r)
+                r = preallocate_run_co(n, &p, prealloc);
+        }
+        if (r < 0)
+            return err_errno(e, -r, "giving room ahead at %" PRIu64, offset);
+        offset += x.length;
+    }
+    if (prealloc == PREALLOC_FALLOC || prealloc == PREALLOC_FULL) {
+        /* The file reaches as far as what was handed out. */
+        uint64_t want = s->virgin_from << s->cluster_bits;
+        if (want > s->file->size)
+            return disk_resize_co(s->file, want,
+                                  prealloc == PREALLOC_FALLOC ? PREALLOC_FALLOC : PREALLOC_OFF, e);
+    }
+    return 0;
+}
