@@ -224,9 +224,8 @@ static void report_difference(struct check *c, uint64_t first, uint64_t n, uint6
         snprintf(which, sizeof(which),
                  "clusters %" PRIu64 "-%" PRIu64 " from offset %" PRIu64 " on", first,
                  first + n - 1, offset);
-    snprintf(text, sizeof(text),
-             "%s: reference count is %" PRIu64 ", %" PRIu64 " references found%s", which, stored,
-             found, leak ? " (leaked)" : "");
+    snprintf(text, sizeof(text), "%s: reference count is %" PRIu64 ", %" PRIu64 " references found",
+             which, stored, found);
     c->r->report(c->r->arg, leak, text);
 }
 

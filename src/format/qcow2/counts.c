@@ -153,8 +153,10 @@ static unsigned piece(uint64_t first, uint64_t n) {
 }
 
 int counts_add(struct counts *c, uint64_t first, uint64_t n, uint64_t by) {
+    if (!n || !by)
+        return 0;
     assert(first <= c->clusters && n <= c->clusters - first);
-    while (n && by) {
+    while (n) {
         unsigned some = piece(first, n);
         int r = page_add(c, first >> PAGE_BITS, first % PAGE_CLUSTERS, some, by);
         if (r)
