@@ -7,10 +7,11 @@
  * memory does not grow with the image, and output is written through a large buffer.
  *
  * The JSON form is `qemu-img map --output=json`: one object a line inside one array.  Facts of that
- * form: an unallocated run has the depth of the bottom layer and "present": false; "offset" is
- * there when the bytes lie uncoded at one place; "data" of a cluster that the format has allocated
- * stays true where the file below has a hole ("zero" says so), but for raw, which has no clusters,
- * the hole in the file decides.
+ * form: an unallocated run has "present": false and the depth of the lowest layer that is long
+ * enough to have it; "offset" is there when the bytes lie uncoded at one place; of two ways to have
+ * zeros at an offset, a cluster of data over a hole in the file is "data": true, one that the
+ * format marks as zeros is "data": false; and for raw, which has no clusters, a hole in the file is
+ * "data": false.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -107,11 +108,11 @@ static const char *file_of(const struct status *st) {
     return n ? n->filename : NULL;
 }
 
-static struct run run_from_status(const struct status *st, uint64_t start, unsigned layers) {
+static struct run run_from_status(const struct status *st, uint64_t start) {
     struct run r = {
         .start = start,
         .length = st->length,
-        .depth = min_u64(st->depth, layers - 1),
+        .depth = st->depth,
         .present = st->present,
         .zero = st->zero,
         .data = st->data,
@@ -119,11 +120,14 @@ static struct run run_from_status(const struct status *st, uint64_t start, unsig
         .has_offset = st->storage && !st->coded,
     };
     if (!st->present) {
+        /* The number of layers that were asked becomes the last one of them. */
+        r.depth = st->depth ? st->depth - 1 : 0;
         r.zero = true;
         return r;
     }
-    if (st->storage && st->layer->granularity > 1)
-        r.data = true;
+    /* Zeros with an offset: in a cluster of data over a hole, or in one marked as zeros. */
+    if (st->zero && st->storage && st->layer->granularity > 1)
+        r.data = !st->data;
     r.offset = r.has_offset ? st->host_offset : 0;
     r.file = r.has_offset || r.coded ? file_of(st) : NULL;
     return r;
@@ -131,9 +135,6 @@ static struct run run_from_status(const struct status *st, uint64_t start, unsig
 
 static int map_range_co(struct verb_ctx *ctx, struct node *n, uint64_t start, uint64_t end,
                         struct printer *p) {
-    unsigned layers = 0;
-    for (const struct node *b = n; b; b = b->backing)
-        layers++;
     struct run cur = {0};
     for (uint64_t at = start; at < end;) {
         struct status st;
@@ -143,7 +144,7 @@ static int map_range_co(struct verb_ctx *ctx, struct node *n, uint64_t start, ui
             return err_errno(&ctx->err, -rc, "%s: reading the map at offset %" PRIu64, n->filename,
                              at);
         }
-        struct run next = run_from_status(&st, at, layers);
+        struct run next = run_from_status(&st, at);
         if (cur.length && joins(&cur, &next)) {
             cur.length += next.length;
         } else {

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * What an open image's header says, as the "data" of qemu-img info's format-specific part: same
- * keys, same types.  Names from the image go out as they are; whoever prints them makes them safe.
+ * keys, same types, and "dirty-flag", which info moves one level up.  Names from the image go out
+ * as they are; whoever prints them makes them safe.
  */
 #include "format/qcow2/qcow2.h"
 
@@ -21,6 +22,7 @@ json_t *qcow2_describe(struct node *n) {
         json_string(h->compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib"));
     json_object_set_new(o, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
     if (h->version >= 3) {
+        json_object_set_new(o, "dirty-flag", json_boolean(h->incompatible & QCOW2_INCOMPAT_DIRTY));
         json_object_set_new(o, "lazy-refcounts",
                             json_boolean(h->compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));
         json_object_set_new(o, "corrupt", json_boolean(h->incompatible & QCOW2_INCOMPAT_CORRUPT));
