@@ -15,6 +15,7 @@
 #include <assert.h>
 #include <errno.h>
 
+#include "base/bytes.h"
 #include "base/ck.h"
 #include "base/iov.h"
 #include "disk/engine.h"
@@ -149,6 +150,9 @@ int chain_is_zero_co(struct node *n, uint64_t offset, uint64_t length) {
     return 1;
 }
 
+/* Data runs end on multiples of this many host bytes, where the map itself does not end before. */
+#define STATUS_ALIGN (4 * KIB)
+
 /* Asks the storage where its holes are, so that unwritten room inside a data run shows as zeros. */
 static int refine_co(struct status *st) {
     struct node *s = st->storage;
@@ -172,10 +176,15 @@ static int refine_co(struct status *st) {
     if (r < 0)
         return r;
     assert(x.length && x.length <= st->length);
-    st->length = x.length;
     if (x.kind != EXTENT_DATA) {
+        st->length = x.length;
         st->zero = true;
         st->data = false;
+    } else {
+        /* A file may end anywhere: what follows in the same block is told as data too, or runs of
+         * odd lengths would reach everybody above. */
+        uint64_t end = align_up(st->host_offset + x.length, STATUS_ALIGN);
+        st->length = min_u64(st->length, end - st->host_offset);
     }
     return 0;
 }
