@@ -15,7 +15,7 @@
 #include "base/log.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
-#include "cli/version.h"
+#include "base/version.h"
 #include "runtime/loop.h"
 
 /*

@@ -11,7 +11,7 @@
 #include "base/strbuf.h"
 #include "cli/cli.h"
 #include "cli/help.h"
-#include "cli/version.h"
+#include "base/version.h"
 #include "disk/driver.h"
 
 static void put(FILE *out, const char *text) {

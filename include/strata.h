@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * strata: virtual disk images as a C library.
+ *
+ * One header, opaque types, plain blocking calls.  A `strata` context owns a thread with an event
+ * loop; every call hands its work to that thread and waits, so all functions may be called from any
+ * thread, several at once: concurrent requests on a disk run in parallel.
+ *
+ * Errors: functions return 0 or a negative errno, and fill the caller's `struct strata_error` when
+ * one is given: a sentence that names the file, what was found and the limit, and a hint where
+ * there is something to do.  The library never prints and never exits.
+ *
+ * Units: all offsets and lengths are bytes; any alignment; ranges are half-open.
+ *
+ * Trust: names found inside images (backing files) are followed only as far as `trust` allows; the
+ * default is regular files below the image's own folder.
+ */
+#ifndef STRATA_H
+#define STRATA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define STRATA_API __attribute__((visibility("default")))
+#else
+#define STRATA_API
+#endif
+
+struct strata;
+struct strata_disk;
+
+struct strata_error {
+    int code; /* positive errno; 0 = no error */
+    char message[1024];
+    char hint[512]; /* empty when there is none */
+};
+
+/* "0.1.0" */
+STRATA_API const char *strata_version(void);
+
+/* A context and its thread.  -ENOMEM, -EAGAIN, or what the event loop's back end refuses. */
+STRATA_API int strata_new(struct strata **out, struct strata_error *error);
+/* Closes what is still open (flushed) and ends the thread.  No other call may be running.  Accepts
+ * NULL. */
+STRATA_API void strata_free(struct strata *s);
+
+enum strata_open_flags {
+    STRATA_READ_WRITE = 1,
+    STRATA_SNAPSHOT = 2, /* writes go to a throw-away overlay; see strata_commit, strata_keep */
+    STRATA_NO_BACKING = 4,
+    STRATA_FORCE_SHARE = 8
+};
+enum strata_trust {
+    STRATA_TRUST_BESIDE = 0,
+    STRATA_TRUST_NONE,
+    STRATA_TRUST_LOCAL,
+    STRATA_TRUST_ANY
+};
+
+struct strata_open_options {
+    unsigned flags;          /* enum strata_open_flags */
+    const char *format;      /* "raw", "qcow2" ...; NULL: probed */
+    int trust;               /* enum strata_trust */
+    const char *scratch_dir; /* STRATA_SNAPSHOT: NULL = $TMPDIR, else /var/tmp */
+    uint64_t scratch_size;   /* STRATA_SNAPSHOT: cap in bytes; 0 = none */
+};
+
+/* `name` is a file name or "json:{...}".  `options` may be NULL: read-only, probed. */
+STRATA_API int strata_open(struct strata *s, const char *name,
+                           const struct strata_open_options *options, struct strata_disk **out,
+                           struct strata_error *error);
+/* Flushes and closes; 0 or the flush's -errno (the disk is closed either way).  Accepts NULL. */
+STRATA_API int strata_close(struct strata_disk *d);
+
+STRATA_API uint64_t strata_size(const struct strata_disk *d);
+STRATA_API const char *strata_format(const struct strata_disk *d);
+
+/* All or nothing: 0 or -errno.  Buffers stay the caller's. */
+STRATA_API int strata_pread(struct strata_disk *d, void *buf, size_t length, uint64_t offset);
+STRATA_API int strata_pwrite(struct strata_disk *d, const void *buf, size_t length,
+                             uint64_t offset);
+STRATA_API int strata_zero(struct strata_disk *d, uint64_t length, uint64_t offset);
+STRATA_API int strata_discard(struct strata_disk *d, uint64_t length, uint64_t offset);
+/* What was written before is on stable storage when it returns 0. */
+STRATA_API int strata_flush(struct strata_disk *d);
+
+/* The run of equal state that starts at `offset`. */
+struct strata_extent {
+    uint64_t length;
+    int zero;  /* reads as zeros */
+    int data;  /* has room on the host */
+    int depth; /* layer that answers: 0 = the image itself */
+};
+STRATA_API int strata_extent(struct strata_disk *d, uint64_t offset, struct strata_extent *out);
+
+/* STRATA_SNAPSHOT disks: write the changes into the base, or save them as a qcow2 overlay. */
+STRATA_API int strata_commit(struct strata_disk *d, struct strata_error *error);
+STRATA_API int strata_keep(struct strata_disk *d, const char *file, struct strata_error *error);
+
+/*
+ * Creates an image of `size` bytes.  `options` is "key=value,..." as in `strata create -o`, or
+ * NULL. Nothing is visible under `name` before it is complete.  An existing file is replaced.
+ */
+STRATA_API int strata_create(struct strata *s, const char *name, const char *format, uint64_t size,
+                             const char *options, struct strata_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,414 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The public C library over the engine: blocking calls from any thread.
+ *
+ * Each context has one thread that runs a loop.  A call is a record on the caller's stack: it is
+ * posted to the loop, runs there as a task, and its end wakes the caller.  The loop's own task
+ * waits until the context is freed, then closes what is left.
+ *
+ * Who writes what: `struct call` belongs to the loop from post until `done` is set under its mutex;
+ * the list of disks is touched by the loop's thread only.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "base/err.h"
+#include "base/list.h"
+#include "base/version.h"
+#include "disk/io.h"
+#include "disk/node.h"
+#include "disk/open.h"
+#include "disk/overlay.h"
+#include "job/copy.h"
+#include "runtime/loop.h"
+#include "strata.h"
+
+struct strata {
+    pthread_t thread;
+    struct loop *loop;
+    struct list disks;
+    bool stop; /* loop's thread only */
+    struct waitq stopping;
+    /* hand-over of the thread's start */
+    pthread_mutex_t lock;
+    pthread_cond_t started_cond;
+    bool started;
+    int start_result;
+    struct err start_err;
+};
+
+struct strata_disk {
+    struct list link;
+    struct strata *s;
+    struct node *node;
+    bool snapshot;
+};
+
+struct call {
+    struct strata *s;
+    int (*fn)(void *arg, struct err *e);
+    void *arg;
+    struct err err;
+    int result;
+    bool done;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+};
+
+static void call_task(void *arg) {
+    struct call *c = arg;
+    int r = c->fn(c->arg, &c->err);
+    pthread_mutex_lock(&c->lock);
+    c->result = r;
+    c->done = true;
+    pthread_cond_signal(&c->cond);
+    pthread_mutex_unlock(&c->lock);
+}
+
+static void call_start(void *arg) {
+    struct call *c = arg;
+    task_run(c->s->loop, call_task, c);
+}
+
+static void copy_error(struct strata_error *out, struct err *e, int r) {
+    if (out) {
+        memset(out, 0, sizeof(*out));
+        if (r < 0) {
+            out->code = -r;
+            snprintf(out->message, sizeof(out->message), "%s", e->text ? e->text : strerror(-r));
+            snprintf(out->hint, sizeof(out->hint), "%s", e->hint ? e->hint : "");
+        }
+    }
+    err_clear(e);
+}
+
+static int call_run(struct strata *s, int (*fn)(void *, struct err *), void *arg,
+                    struct strata_error *error) {
+    struct call c = {.s = s, .fn = fn, .arg = arg};
+    pthread_mutex_init(&c.lock, NULL);
+    pthread_cond_init(&c.cond, NULL);
+    loop_post(s->loop, call_start, &c);
+    pthread_mutex_lock(&c.lock);
+    while (!c.done)
+        pthread_cond_wait(&c.cond, &c.lock);
+    pthread_mutex_unlock(&c.lock);
+    pthread_cond_destroy(&c.cond);
+    pthread_mutex_destroy(&c.lock);
+    copy_error(error, &c.err, c.result);
+    return c.result;
+}
+
+/* ---- context ---- */
+
+const char *strata_version(void) {
+    return STRATA_VERSION;
+}
+
+static void disk_close_co(struct strata_disk *d) {
+    list_remove(&d->link);
+    node_unref_co(d->node);
+    free(d);
+}
+
+static void context_task(void *arg) {
+    struct strata *s = arg;
+    while (!s->stop)
+        waitq_wait_co(&s->stopping);
+    while (!list_empty(&s->disks))
+        disk_close_co(list_entry(s->disks.next, struct strata_disk, link));
+}
+
+static void *context_thread(void *arg) {
+    struct strata *s = arg;
+    waitq_init(&s->stopping);
+    int r = loop_new(LOOP_AUTO, &s->loop, &s->start_err);
+    pthread_mutex_lock(&s->lock);
+    s->start_result = r;
+    s->started = true;
+    pthread_cond_signal(&s->started_cond);
+    pthread_mutex_unlock(&s->lock);
+    if (r == 0) {
+        loop_run(s->loop, context_task, s);
+        loop_free(s->loop);
+    }
+    return NULL;
+}
+
+static void context_destroy(struct strata *s) {
+    pthread_cond_destroy(&s->started_cond);
+    pthread_mutex_destroy(&s->lock);
+    err_clear(&s->start_err);
+    free(s);
+}
+
+int strata_new(struct strata **out, struct strata_error *error) {
+    struct strata *s = xcalloc(1, sizeof(*s));
+    struct err e = ERR_INIT;
+    list_init(&s->disks);
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->started_cond, NULL);
+    /* The host program's signals are its own: they are not for this thread. */
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int r = -pthread_create(&s->thread, NULL, context_thread, s);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (r < 0) {
+        err_errno(&e, -r, "starting the library's thread");
+    } else {
+        pthread_mutex_lock(&s->lock);
+        while (!s->started)
+            pthread_cond_wait(&s->started_cond, &s->lock);
+        pthread_mutex_unlock(&s->lock);
+        r = s->start_result;
+        if (r < 0) {
+            pthread_join(s->thread, NULL);
+            err_move(&e, &s->start_err);
+        }
+    }
+    copy_error(error, &e, r);
+    if (r < 0) {
+        context_destroy(s);
+        return r;
+    }
+    *out = s;
+    return 0;
+}
+
+static void context_stop(void *arg) {
+    struct strata *s = arg;
+    s->stop = true;
+    waitq_wake_all(&s->stopping);
+}
+
+void strata_free(struct strata *s) {
+    if (!s)
+        return;
+    loop_post(s->loop, context_stop, s);
+    pthread_join(s->thread, NULL);
+    context_destroy(s);
+}
+
+/* ---- opening ---- */
+
+struct open_call {
+    struct strata *s;
+    const char *name;
+    struct strata_open_options o;
+    struct strata_disk **out;
+};
+
+static enum gate gate_of(int trust) {
+    switch (trust) {
+    case STRATA_TRUST_NONE:
+        return GATE_NONE;
+    case STRATA_TRUST_LOCAL:
+        return GATE_LOCAL;
+    case STRATA_TRUST_ANY:
+        return GATE_ANY;
+    default:
+        return GATE_BESIDE;
+    }
+}
+
+static int do_open(void *arg, struct err *e) {
+    struct open_call *c = arg;
+    bool snapshot = c->o.flags & STRATA_SNAPSHOT;
+    struct open_req req = {.name = c->name, .format = c->o.format, .gate = gate_of(c->o.trust)};
+    struct node *n;
+    req.flags = (c->o.flags & STRATA_READ_WRITE && !snapshot ? OPEN_RW | OPEN_UNMAP : 0) |
+                (c->o.flags & STRATA_NO_BACKING ? OPEN_NO_BACKING : 0) |
+                (c->o.flags & STRATA_FORCE_SHARE ? OPEN_FORCE_SHARE : 0);
+    int r = node_open_co(&req, &n, e);
+    if (r < 0)
+        return r;
+    if (snapshot) {
+        struct overlay_opts oo = {.scratch_dir = c->o.scratch_dir,
+                                  .scratch_size = c->o.scratch_size};
+        struct node *top;
+        r = overlay_create_co(n, &oo, &top, e);
+        if (r < 0) {
+            node_unref_co(n);
+            return r;
+        }
+        n = top;
+    } else if (node_is_rw(n) && n->flags & NODE_GUESSED) {
+        node_unref_co(n);
+        err_set(e, EINVAL, "%s: the format was not given and nothing was recognised", c->name);
+        err_hint(e, "to write to it as a raw disk, give the format \"raw\"");
+        return -EINVAL;
+    }
+    struct strata_disk *d = xcalloc(1, sizeof(*d));
+    d->s = c->s;
+    d->node = n;
+    d->snapshot = snapshot;
+    list_push_back(&c->s->disks, &d->link);
+    *c->out = d;
+    return 0;
+}
+
+int strata_open(struct strata *s, const char *name, const struct strata_open_options *options,
+                struct strata_disk **out, struct strata_error *error) {
+    struct open_call c = {.s = s, .name = name, .out = out};
+    if (options)
+        c.o = *options;
+    return call_run(s, do_open, &c, error);
+}
+
+static int do_close(void *arg, struct err *e) {
+    struct strata_disk *d = arg;
+    int r = disk_flush_co(d->node);
+    disk_close_co(d);
+    return r;
+}
+
+int strata_close(struct strata_disk *d) {
+    return d ? call_run(d->s, do_close, d, NULL) : 0;
+}
+
+uint64_t strata_size(const struct strata_disk *d) {
+    return d->node->size;
+}
+
+const char *strata_format(const struct strata_disk *d) {
+    const struct node *n = d->snapshot ? d->node->backing : d->node;
+    return n->drv->name;
+}
+
+/* ---- requests ---- */
+
+struct io_call {
+    struct node *node;
+    void *buf;
+    uint64_t offset, length;
+};
+
+static int do_pread(void *arg, struct err *e) {
+    struct io_call *c = arg;
+    return disk_pread_co(c->node, c->offset, c->buf, c->length);
+}
+static int do_pwrite(void *arg, struct err *e) {
+    struct io_call *c = arg;
+    return disk_pwrite_co(c->node, c->offset, c->buf, c->length);
+}
+static int do_zero(void *arg, struct err *e) {
+    struct io_call *c = arg;
+    return disk_zero_co(c->node, c->offset, c->length, ZERO_MAY_UNMAP);
+}
+static int do_discard(void *arg, struct err *e) {
+    struct io_call *c = arg;
+    return disk_discard_co(c->node, c->offset, c->length);
+}
+static int do_flush(void *arg, struct err *e) {
+    return disk_flush_co(((struct io_call *)arg)->node);
+}
+
+static int io_run(struct strata_disk *d, int (*fn)(void *, struct err *), void *buf,
+                  uint64_t length, uint64_t offset) {
+    struct io_call c = {.node = d->node, .buf = buf, .offset = offset, .length = length};
+    return call_run(d->s, fn, &c, NULL);
+}
+
+int strata_pread(struct strata_disk *d, void *buf, size_t length, uint64_t offset) {
+    return io_run(d, do_pread, buf, length, offset);
+}
+int strata_pwrite(struct strata_disk *d, const void *buf, size_t length, uint64_t offset) {
+    return io_run(d, do_pwrite, (void *)buf, length, offset);
+}
+int strata_zero(struct strata_disk *d, uint64_t length, uint64_t offset) {
+    return io_run(d, do_zero, NULL, length, offset);
+}
+int strata_discard(struct strata_disk *d, uint64_t length, uint64_t offset) {
+    return io_run(d, do_discard, NULL, length, offset);
+}
+int strata_flush(struct strata_disk *d) {
+    return io_run(d, do_flush, NULL, 0, 0);
+}
+
+struct extent_call {
+    struct node *node;
+    uint64_t offset;
+    struct strata_extent *out;
+};
+
+static int do_extent(void *arg, struct err *e) {
+    struct extent_call *c = arg;
+    struct status st;
+    if (c->offset >= c->node->size)
+        return -EINVAL;
+    int r = disk_status_co(c->node, c->offset, c->node->size - c->offset, STATUS_PRECISE, &st);
+    if (!r)
+        *c->out = (struct strata_extent){
+            .length = st.length, .zero = st.zero, .data = st.data, .depth = st.depth};
+    return r;
+}
+
+int strata_extent(struct strata_disk *d, uint64_t offset, struct strata_extent *out) {
+    struct extent_call c = {.node = d->node, .offset = offset, .out = out};
+    return call_run(d->s, do_extent, &c, NULL);
+}
+
+/* ---- throw-away disks ---- */
+
+static int do_commit(void *arg, struct err *e) {
+    struct strata_disk *d = arg;
+    struct copy_opts o = {.sparse_bytes = 4096};
+    return commit_run_co(d->node, &o, e);
+}
+
+int strata_commit(struct strata_disk *d, struct strata_error *error) {
+    struct err e = ERR_INIT;
+    if (d->snapshot)
+        return call_run(d->s, do_commit, d, error);
+    int r = err_set(&e, EINVAL, "the disk was not opened as a snapshot");
+    copy_error(error, &e, r);
+    return r;
+}
+
+struct keep_call {
+    struct strata_disk *d;
+    const char *file;
+};
+
+static int do_keep(void *arg, struct err *e) {
+    struct keep_call *c = arg;
+    if (!c->d->snapshot)
+        return err_set(e, EINVAL, "the disk was not opened as a snapshot");
+    return overlay_keep_co(c->d->node, c->file, false, e);
+}
+
+int strata_keep(struct strata_disk *d, const char *file, struct strata_error *error) {
+    struct keep_call c = {d, file};
+    return call_run(d->s, do_keep, &c, error);
+}
+
+/* ---- creation ---- */
+
+struct create_call {
+    const char *name, *format, *options;
+    uint64_t size;
+};
+
+static int do_create(void *arg, struct err *e) {
+    struct create_call *c = arg;
+    json_t *tree = NULL;
+    int r = c->options ? opt_parse_keyval(c->options, NULL, &tree, e) : 0;
+    if (r < 0)
+        return r;
+    if (!tree)
+        tree = json_object();
+    json_object_set_new(tree, "size", json_integer((json_int_t)c->size));
+    r = disk_create_co(c->name, c->format, tree, CREATE_REPLACE, e);
+    json_decref(tree);
+    return r;
+}
+
+int strata_create(struct strata *s, const char *name, const char *format, uint64_t size,
+                  const char *options, struct strata_error *error) {
+    struct create_call c = {name, format, options, size};
+    return call_run(s, do_create, &c, error);
+}
