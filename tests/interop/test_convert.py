@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -166,9 +167,10 @@ def test_zero_runs_below_the_sparse_size_are_kept(run, tmp_path):
         run("convert", "-f", "raw", "-O", "raw", "-S", size, tmp_path / "a", tmp_path / "b")
         assert raw_bytes(tmp_path / "a") == raw_bytes(tmp_path / "b")
         return os.stat(tmp_path / "b").st_blocks * 512
-    assert blocks("4k") == 4 * MIB
-    assert blocks("64k") == 16 * MIB
-    assert blocks("0") == 16 * MIB
+    extents = 65536  # the file system's own, for many small runs
+    assert 4 * MIB <= blocks("4k") <= 4 * MIB + extents
+    assert blocks("64k") >= 16 * MIB
+    assert blocks("0") >= 16 * MIB
 
 
 def test_sparse_size_zero_allocates_holes_too(run, peer, tmp_path):
@@ -423,11 +425,12 @@ def test_memory_stays_small_whatever_the_size(strata, tmp_path, fmt, extra):
         for i in range(512):
             f.seek((i % 64) * (16 << 30) + i * MIB)
             f.write(block)
-    p = subprocess.Popen([strata, "convert", "-f", "raw", "-O", fmt, *extra, a, tmp_path / "b"])
-    _, status, usage = os.wait4(p.pid, 0)
-    p.returncode = os.waitstatus_to_exitcode(status)
-    assert p.returncode == 0
-    assert usage.ru_maxrss < 64 * 1024, f"{usage.ru_maxrss} KiB"
+    # The peak that the kernel reports includes the parent's at the fork: so from a small parent.
+    small = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    p = subprocess.run([sys.executable, "-S", "-c", small, strata, "convert", "-f", "raw", "-O", fmt,
+                        *extra, a, tmp_path / "b"], check=True, capture_output=True, text=True)
+    assert int(p.stdout) < 64 * 1024, f"{p.stdout} KiB"
     os.unlink(tmp_path / "b")
 
 
