@@ -36,7 +36,7 @@ if [ ! -s "$base" ]; then
         echo "letter $i: nothing to report" >"$work/tree/letters/$i.txt"
     done
     cp -r src docs "$work/tree/"
-    PATH=$PATH:/sbin:/usr/sbin mke2fs -q -F -t ext4 -L precious -d "$work/tree" "$work/disk.raw" 1G
+    PATH=$PATH:/sbin:/usr/sbin mke2fs -q -F -t ext4 -L precious -d "$work/tree" "$work/disk.raw" 1G >/dev/null
     "$strata" convert -f raw -O qcow2 "$work/disk.raw" "$base"
     rm -rf "$work"
     trap - EXIT
@@ -62,7 +62,7 @@ say "precious.txt now says: $(cat /mnt/precious.txt)"
 umount /mnt && [ "$want" = "$have" ] && echo "GUEST-OK"
 GUEST
 scripts/guest.sh initrd "$dir/guest-script" "$dir/initrd"
-say "$base: $("$strata" info "$base" | grep -E '^(virtual size|disk size)' | tr -s ' ' | paste -sd ';')"
+say "${base#"$PWD"/}: $("$strata" info "$base" | grep -E '^(virtual size|disk size)' | tr -s ' ' | paste -sd ';' | sed 's/;/; /')"
 
 step "2. Its checksum before"
 before=$(sha256sum "$base" | cut -c 1-64)
@@ -75,21 +75,18 @@ log=$dir/console.log
 : >"$log"
 "$strata" run --snapshot --scratch "$scratch" -m 256M --nographic --no-net \
     --kernel "$guest/vmlinuz" --initrd "$dir/initrd" --append "console=ttyS0 quiet panic=-1" \
-    "$base" -- -no-reboot </dev/null >"$log" 2>&1 &
+    "${base#"$PWD"/}" -- -no-reboot </dev/null >"$log" 2>&1 &
 pid=$!
 trap 'kill $pid 2>/dev/null; rmdir "$scratch" 2>/dev/null' EXIT
 
-scratch_used() { # bytes behind the nameless files that the process holds in the scratch folder
-    local fd total=0 n
+scratch_used() { # bytes behind the nameless file that the process holds open in the scratch folder
+    local fd
     for fd in /proc/$pid/fd/*; do
         case $(readlink "$fd" 2>/dev/null) in
-        "$scratch"/*)
-            n=$(stat -L -c '%b' "$fd" 2>/dev/null) || continue
-            total=$((total + n * 512))
-            ;;
+        "$scratch"/*) stat -L -c '%b' "$fd" 2>/dev/null | { read -r b && echo $((b * 512)); } && return ;;
         esac
     done
-    echo "$total"
+    echo 0
 }
 peak=0 shown=0 lines=0 names='' child=''
 show_console() {
@@ -108,7 +105,7 @@ while kill -0 $pid 2>/dev/null; do
     [ "$used" -le "$peak" ] || peak=$used
     if [ "$used" -ge $((shown + 50 * 1048576)) ]; then
         shown=$used
-        say "${dim}outside | scratch in use: $(mib "$used"), files to be seen there: $(ls -A "$scratch" | wc -l)$off"
+        say "${dim}outside | scratch in use: $(mib "$used"), names to be seen there: $(ls -A "$scratch" | wc -l)$off"
     fi
     [ $((SECONDS - started)) -lt 600 ] || die "the guest hangs; its console is in $log"
     sleep 0.2
@@ -117,7 +114,7 @@ status=0
 wait $pid || status=$?
 trap - EXIT
 show_console
-say "outside | most scratch space used: $(mib "$peak"); exit status $status"
+say "outside | scratch space at its peak: $(mib "$peak"), part of it allocated ahead; exit status $status"
 
 step "4. Afterwards"
 tr -d '\r' <"$log" | grep -q '^GUEST-OK' || { tail -n 20 "$log" >&2; die "the guest did not see its own writes"; }

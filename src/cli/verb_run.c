@@ -29,9 +29,11 @@
 #include <unistd.h>
 #include <sys/socket.h>
 #include "base/bytes.h"
+#include "base/ck.h"
 #include "base/size.h"
 #include "cli/cli.h"
 #include "disk/io.h"
+#include "disk/node.h"
 #include "disk/open.h"
 #include "disk/overlay.h"
 #include "export/nbd/server.h"
@@ -361,14 +363,20 @@ static void rescue_co(struct run *r, struct disk *d) {
     }
 }
 
+/* What the overlay holds: its allocated bytes without those that are only allocated ahead. */
+static uint64_t overlay_used(struct node *overlay) {
+    int64_t allocated = overlay_allocated(overlay);
+    uint64_t end = overlay->file ? overlay->file->size : UINT64_MAX;
+    return allocated < 0 ? end : min_u64((uint64_t)allocated, end);
+}
+
 static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err *e) {
     const struct args *a = r->a;
     struct disk *d = &r->disks[i];
     char size[32];
-    int64_t used = overlay_allocated(d->node);
     AUTO_FREE char *name = cli_safe(d->name);
 
-    size_human(used > 0 ? (uint64_t)used : 0, size);
+    size_human(overlay_used(d->node), size);
     if (a->keep.n) {
         int ret = overlay_keep_co(d->node, a->keep.v[i], false, e);
         if (ret < 0)
