@@ -43,16 +43,19 @@ static struct uring *state(struct loop *l) {
     return l->be_state;
 }
 
+/* The errors that mean "look at what has completed and try again"; no other leaves a way on. */
+static int entered(int r) {
+    if (r < 0 && r != -EBUSY && r != -EAGAIN && r != -EINTR && r != -ETIME)
+        rt_die("io_uring takes no more work");
+    return r;
+}
+
 static struct io_uring_sqe *sqe_get(struct loop *l) {
     struct uring *u = state(l);
     struct io_uring_sqe *sqe;
-    while (!(sqe = io_uring_get_sqe(&u->ring))) {
-        int r = io_uring_submit(&u->ring);
-        if (r < 0 && r != -EBUSY && r != -EAGAIN && r != -EINTR)
-            rt_out_of_memory("submitting to io_uring");
-        if (r < 0)
+    while (!(sqe = io_uring_get_sqe(&u->ring)))
+        if (entered(io_uring_submit(&u->ring)) < 0)
             reap(l); /* the kernel wants room for completions first */
-    }
     return sqe;
 }
 
@@ -138,9 +141,7 @@ static void uring_stop(struct loop *l) {
     if (u->sig_armed)
         cancel(l, &u->sig);
     while (!u->wake.done || u->sig_armed) {
-        int r = io_uring_submit_and_wait(&u->ring, 1);
-        if (r < 0 && r != -EINTR && r != -EBUSY && r != -EAGAIN)
-            break; /* the ring is broken; closing it ends them too */
+        entered(io_uring_submit_and_wait(&u->ring, 1));
         reap(l);
     }
     io_uring_queue_exit(&u->ring);
@@ -189,15 +190,14 @@ static void uring_turn(struct loop *l, int64_t timeout_ns) {
     struct uring *u = state(l);
     if (timeout_ns == 0) {
         if (io_uring_sq_ready(&u->ring))
-            io_uring_submit_and_get_events(&u->ring);
+            entered(io_uring_submit_and_get_events(&u->ring));
     } else if (timeout_ns < 0) {
-        io_uring_submit_and_wait(&u->ring, 1);
+        entered(io_uring_submit_and_wait(&u->ring, 1));
     } else {
         struct __kernel_timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
         struct io_uring_cqe *cqe;
-        io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &ts, NULL);
+        entered(io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &ts, NULL));
     }
-    /* Errors of the above (EINTR, EBUSY, ETIME) all mean: look at what has completed. */
     reap(l);
 }
 

@@ -54,8 +54,8 @@ struct task *rt_task_new(struct loop *l, task_fn *fn, void *arg);
 void rt_task_queue(struct task *t);
 /* The loop of the running task (asserts that there is one). */
 struct loop *rt_loop_co(void);
-/* Memory for something small and bounded is gone: prints one line and aborts. */
-_Noreturn void rt_out_of_memory(const char *what);
+/* Going on is impossible (memory for something small is gone): prints one line and aborts. */
+_Noreturn void rt_die(const char *why);
 
 /* ---- posts: work from other threads (loop.c) ---- */
 

@@ -11,8 +11,9 @@
  * number costs at most some slow requests, never a wrong one.
  *
  * Buffered writes: ext4 refuses RWF_NOWAIT, and through the ring each such write wakes a kernel
- * thread.  A plain pwritev into the page cache is several times cheaper, but can be held
- * up by writeback; so writes up to INLINE_WRITE_MAX happen in place while they are quick, and once
+ * thread.  Measured on ext4, Linux 6.18, 4 KiB each: plain pwritev 5.7 us, ring 17 to 60 us (8 to
+ * 10 in batches of 32), pool 25 us (20).  But a plain pwritev can be held up by writeback or a
+ * journal commit; so writes up to INLINE_WRITE_MAX happen in place while they are quick, and once
  * one takes longer than SLOW_WRITE_NS all go through the back end for CALM_NS.
  */
 #include "runtime/internal.h"
@@ -116,13 +117,15 @@ ssize_t loop_preadv_co(int fd, const struct iovec *iov, int n, uint64_t off, uns
     bool bulk = flags & LOOP_BULK;
     if (!bulk && off <= INT64_MAX && !(fd_bits(l, fd) & (HINT_DIRECT | HINT_NO_NOWAIT_READ))) {
         ssize_t r = preadv2(fd, iov, n, (off_t)off, RWF_NOWAIT);
-        int err = errno;
+        /* Around Linux 5.9 a 0 did not always mean the end; the end itself never blocks. */
+        if (r == 0)
+            r = preadv(fd, iov, n, (off_t)off);
         if (r >= 0)
             return done_inline_co(l, r);
-        if (err == EOPNOTSUPP)
+        if (errno == EOPNOTSUPP)
             fd_learn(l, fd, HINT_NO_NOWAIT_READ);
-        else if (err != EAGAIN && err != EINTR)
-            return -err;
+        else if (errno != EAGAIN && errno != EINTR)
+            return -errno;
     }
     struct rt_file f = {.kind = RT_READ, .fd = fd, .iov = iov, .n = n, .off = off};
     return file_co(l, &f, bulk);

@@ -97,7 +97,7 @@ void rt_backend_need(struct loop *l) {
     if (!l->be)
         l->be = backend_uring.start(l) == 0 ? &backend_uring : &backend_threads;
     if (!l->be_state && l->be->start(l) < 0)
-        rt_out_of_memory("starting the event loop's epoll");
+        rt_die("cannot start the event loop");
 }
 
 const char *loop_backend_name(const struct loop *l) {
@@ -159,7 +159,7 @@ static void post_fn_run(struct rt_post *p) {
 void loop_post(struct loop *l, void (*fn)(void *), void *arg) {
     struct post_fn *pf = malloc(sizeof(*pf));
     if (!pf)
-        rt_out_of_memory("posting to an event loop");
+        rt_die("no memory for posting to an event loop");
     *pf = (struct post_fn){.post.run = post_fn_run, .fn = fn, .arg = arg};
     rt_post(l, &pf->post);
 }

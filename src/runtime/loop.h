@@ -30,10 +30,13 @@ enum loop_backend { LOOP_AUTO, LOOP_URING, LOOP_THREADS };
 
 /*
  * Makes a loop for the calling thread (at most one a thread).  Errors: -ENOSYS/-EPERM when the
- * backend asked for is refused, -ENOMEM, -EINVAL for a bad STRATA_AIO.
+ * backend asked for is refused, -ENOMEM, -EINVAL for a bad STRATA_AIO.  Cheap: LOOP_AUTO makes
+ * ring, epoll and threads only when the first operation has to wait.  None of them survives a
+ * fork(): fork before loop_new().
  */
 int loop_new(enum loop_backend backend, struct loop **out, struct err *e);
-/* All tasks must have ended (asserted).  Ends the offload threads that this loop started. */
+/* All tasks must have ended (asserted); posts still queued run.  The process's last loop ends the
+ * offload threads. */
 void loop_free(struct loop *l);
 const char *loop_backend_name(const struct loop *l); /* "uring" or "threads" */
 
@@ -52,8 +55,10 @@ int64_t loop_now_ns(struct loop *l);
 int loop_sleep_co(int64_t ns);
 void loop_cancel_sleep(struct task *t);
 /*
- * Delivers `signo` (blocked for the whole process by this call) to fn(arg, signo) in the loop's own
- * context, by signalfd.  At most one handler a signal.
+ * Delivers `signo` to fn(arg, signo) in the loop's own context, by signalfd.  At most one handler a
+ * signal in the process (-EBUSY).  The signal is blocked in the calling thread and in those that it
+ * starts later, so call this before other threads exist; children inherit the mask and must reset
+ * it before exec.  loop_off_signal() restores the mask of before.
  */
 int loop_on_signal(struct loop *l, int signo, void (*fn)(void *arg, int signo), void *arg);
 void loop_off_signal(struct loop *l, int signo);
@@ -83,8 +88,9 @@ int loop_connect_co(int fd, const struct sockaddr *sa, socklen_t len);
  */
 int loop_poll_co(int fd, short events, int64_t timeout_ns);
 /*
- * Ends every wait of this loop on `fd` (recv, accept, poll) with -ECANCELED; the descriptor can be
- * closed once those tasks have returned.
+ * Ends every wait of this loop on `fd` (recv, sendmsg, accept, connect, poll) with -ECANCELED, even
+ * when data or readiness arrives at the same moment (received bytes are then lost); the descriptor
+ * can be closed once those tasks have returned.  Not sticky: later waits wait.
  */
 void loop_cancel_fd(struct loop *l, int fd);
 

@@ -45,8 +45,8 @@
 /* A wake may make the woken task's I/O late by this many passes over the ready queue. */
 #define READY_ROUNDS 8
 
-_Noreturn void rt_out_of_memory(const char *what) {
-    fprintf(stderr, "strata: out of memory: %s\n", what);
+_Noreturn void rt_die(const char *why) {
+    fprintf(stderr, "strata: %s\n", why);
     abort();
 }
 
@@ -56,10 +56,10 @@ static struct task *stack_map(struct loop *l) {
     char *map = mmap(NULL, MAP_BYTES, PROT_NONE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (map == MAP_FAILED)
-        rt_out_of_memory("mapping a task's stack");
+        rt_die("no memory for a task's stack");
     char *lo = map + TASK_GUARD_BYTES, *top = lo + TASK_STACK_BYTES;
     if (mprotect(lo, TASK_STACK_BYTES, PROT_READ | PROT_WRITE))
-        rt_out_of_memory("a task's stack");
+        rt_die("no memory for a task's stack");
     size_t colour = (size_t)(l->colour++ % COLOURS) * LINE_BYTES;
     uintptr_t at = (uintptr_t)top - colour - sizeof(struct task);
     struct task *t = (struct task *)(at & ~(uintptr_t)(LINE_BYTES - 1));

@@ -34,8 +34,9 @@ void task_spawn(struct loop *loop, task_fn *fn, void *arg);
 
 /*
  * As task_spawn, but runs it at once, until it first suspends or ends; then returns to the caller.
- * Callable from a task (which waits in between, nested at most 16 deep) or from the loop's own
- * context.  The cheap way for servers: a request that never suspends costs no queueing.
+ * Callable from a task (which waits in between, nested at most 16 deep: beyond that
+ * it queues as task_spawn does) or from the loop's own context.  The cheap way for servers: a
+ * request that never suspends costs no queueing.
  */
 void task_run(struct loop *loop, task_fn *fn, void *arg);
 

@@ -54,7 +54,7 @@ void rt_timer_set(struct loop *l, struct rt_timer *t, int64_t deadline_ns) {
         unsigned room = l->heap_room ? 2 * l->heap_room : 32;
         struct rt_timer **heap = realloc(l->heap, room * sizeof(struct rt_timer *));
         if (!heap)
-            rt_out_of_memory("timers");
+            rt_die("no memory for timers");
         l->heap = heap;
         l->heap_room = room;
     }

@@ -789,6 +789,7 @@ static void warm_main(void *arg) {
     struct iovec v = {buf, sizeof(buf)};
     assert_int_equal(loop_pwritev_co(fd, &v, 1, 0, 0), 4096);
     assert_int_equal(loop_preadv_co(fd, &v, 1, 0, 0), 4096);
+    assert_int_equal(loop_preadv_co(fd, &v, 1, 4096, 0), 0);
     int next = dup(fd); /* the lowest free number: no ring or epoll has been opened since */
     *(int *)arg = next - fd;
     close(next);
