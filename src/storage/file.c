@@ -221,6 +221,9 @@ static void file_close_co(struct node *n) {
         file_trim(n);
         if (s->temp_path)
             unlink(s->temp_path);
+        /* By hand: a worker of the kernel may hold the file for a moment after it reported the last
+         * request done, and the locks would stay as long. */
+        file_lock_trim(s->fd, &s->lock, 0, PERM_ALL);
         close(s->fd);
         s->opened = false;
     }
