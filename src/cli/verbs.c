@@ -9,6 +9,7 @@ extern const struct verb verb_convert;
 extern const struct verb verb_create;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
+extern const struct verb verb_io;
 extern const struct verb verb_map;
 extern const struct verb verb_run;
 extern const struct verb verb_serve;
@@ -21,6 +22,7 @@ const struct verb *const verb_table[] = {
     &verb_compare,
     &verb_check,
     &verb_map,
+    &verb_io,
     &verb_serve,
     &verb_run,
     &verb_help,

@@ -101,11 +101,16 @@ static int raw_publish_co(struct node *n, const struct placement *p) {
 
 static void raw_abandon(struct node *n, const struct placement *p) {}
 
+/* discard=ignore: what the guest drops or zeroes stays allocated. */
 static int raw_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
+    if (!(n->flags & NODE_UNMAP))
+        zero_flags &= ~(unsigned)ZERO_MAY_UNMAP;
     return disk_zero_co(n->file, raw_start(n) + offset, length, zero_flags);
 }
 
 static int raw_discard_co(struct node *n, uint64_t offset, uint64_t length) {
+    if (!(n->flags & NODE_UNMAP))
+        return 0;
     return disk_discard_co(n->file, raw_start(n) + offset, length);
 }
 

@@ -254,6 +254,17 @@ static int file_open_again(struct node *n, unsigned new_flags, struct err *e) {
     return steal_fd(&fd);
 }
 
+/* `fd` holds the same locks.  Those of the old description go by hand, as in close. */
+static int file_replace_fd(struct file_state *s, int fd, struct err *e) {
+    struct file_lock old = s->lock;
+    file_lock_trim(s->fd, &old, 0, PERM_ALL);
+    if (dup3(fd, s->fd, O_CLOEXEC) >= 0)
+        return 0;
+    int code = errno;
+    file_lock_copy(s->fd, &s->lock);
+    return err_errno(e, code, "cannot take over the descriptor");
+}
+
 /*
  * n->perm and n->shared are the wanted ones already.  New bytes are taken and checked on the old
  * description (a check from the new one would find the old one's), copied to the new description,
@@ -271,8 +282,8 @@ static int file_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
         r = fd < 0 ? fd : file_lock_copy(fd, &s->lock);
         if (r < 0 && fd >= 0)
             err_errno(e, -r, "cannot lock the file anew");
-        if (!r && dup3(fd, s->fd, O_CLOEXEC) < 0)
-            r = err_errno(e, errno, "cannot take over the descriptor");
+        if (!r)
+            r = file_replace_fd(s, fd, e);
         if (r) {
             file_lock_trim(s->fd, &s->lock, before.perm, PERM_ALL & ~before.unshared);
             return r;

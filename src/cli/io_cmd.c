@@ -1,0 +1,433 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Commands of `strata io`: the table, taking a line apart, and everything but moving data (which
+ * is io_rw.c).
+ *
+ * Facts: names, options and output of qemu-io 7.2, observed by running it.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "base/cleanup.h"
+#include "base/err.h"
+#include "base/size.h"
+#include "cli/cli.h"
+#include "cli/io_cmd.h"
+#include "disk/io.h"
+#include "disk/node.h"
+#include "disk/open.h"
+#include "runtime/loop.h"
+
+enum { TOKENS_MAX = 80 };
+
+void io_complain(const struct io_session *s, const char *fmt, ...) {
+    struct err e AUTO_ERR = ERR_INIT;
+    va_list ap;
+    char *text AUTO_FREE = NULL;
+    va_start(ap, fmt);
+    if (vasprintf(&text, fmt, ap) < 0)
+        text = NULL;
+    va_end(ap);
+    err_set(&e, EINVAL, "%s", text ? text : "out of memory");
+    cli_print_error(s->ctx, &e);
+}
+
+const char *io_quantity(double v, char buf[static 32]) {
+    static const char *const units[] = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+    int u = -1;
+    while (v >= 1024 && u < 5) {
+        v /= 1024;
+        u++;
+    }
+    snprintf(buf, 24, "%.3f", v);
+    char *dot = strchr(buf, '.');
+    if (dot && !strcmp(dot, ".000"))
+        *dot = 0;
+    strcat(buf, " ");
+    strcat(buf, u < 0 ? "bytes" : units[u]);
+    return buf;
+}
+
+bool io_parse_size(const char *text, uint64_t *out) {
+    if (!size_parse(text, "argument", out, NULL))
+        return true;
+    printf("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- %s\n", text);
+    return false;
+}
+
+int io_usage(const struct io_cmd *cmd) {
+    printf("%s%s%s -- %s\n", cmd->name, *cmd->args ? " " : "", cmd->args, cmd->summary);
+    return -EINVAL;
+}
+
+/* --------------------------------------------------------------- commands */
+
+static int io_aio_flush_co(struct io_session *s, const struct io_args *a) {
+    io_session_drain_co(s);
+    return 0;
+}
+
+static int io_flush_co(struct io_session *s, const struct io_args *a) {
+    int r = disk_flush_co(s->node);
+    if (r)
+        printf("flush failed: %s\n", strerror(-r));
+    return r;
+}
+
+static int io_truncate_co(struct io_session *s, const struct io_args *a) {
+    struct err e AUTO_ERR = ERR_INIT;
+    uint64_t size;
+    int mode = PREALLOC_OFF;
+    if (a->val['m']) {
+        for (mode = 0; prealloc_names[mode] && strcmp(prealloc_names[mode], a->val['m']);)
+            mode++;
+        if (!prealloc_names[mode]) {
+            io_complain(s, "Invalid preallocation mode '%s'", a->val['m']);
+            return -EINVAL;
+        }
+    }
+    if (!io_parse_size(a->pos[0], &size))
+        return -EINVAL;
+    int r = disk_resize_co(s->node, size, mode, &e);
+    if (r)
+        cli_print_error(s->ctx, &e);
+    return r;
+}
+
+static int io_length_co(struct io_session *s, const struct io_args *a) {
+    char text[32];
+    puts(io_quantity((double)s->node->size, text));
+    return 0;
+}
+
+/* One value of the format's own information, as "    key: value". */
+static void print_specific(const char *key, const json_t *value) {
+    char *text = json_is_string(value) ? strdup(json_string_value(value))
+                                       : json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
+    char *safe AUTO_FREE = text ? cli_safe(text) : NULL;
+    char *name AUTO_FREE = strdup(key);
+    for (char *c = name; c && *c; c++)
+        if (*c == '-')
+            *c = ' ';
+    if (safe && name)
+        printf("    %s: %s\n", name, safe);
+    free(text);
+}
+
+static int io_info_co(struct io_session *s, const struct io_args *a) {
+    const struct node *n = s->node;
+    char text[32];
+    printf("format name: %s\n", n->drv->name);
+    if (n->granularity > 1)
+        printf("cluster size: %s\n", io_quantity(n->granularity, text));
+    json_t *more =
+        n->drv->format && n->drv->format->describe ? n->drv->format->describe(s->node) : NULL;
+    json_t *data = json_object_get(more, "data");
+    const char *key;
+    json_t *value;
+    if (more)
+        puts("Format specific information:");
+    json_object_foreach(json_is_object(data) ? data : more, key, value) print_specific(key, value);
+    json_decref(more);
+    return 0;
+}
+
+/* The run from `at` in which the top layer has something, or has nothing. */
+static int layer_run_co(struct node *n, uint64_t at, uint64_t end, bool *present,
+                        uint64_t *length) {
+    struct status st;
+    *length = 0;
+    while (at + *length < end) {
+        int r = disk_status_co(n, at + *length, end - at - *length, STATUS_TOP_ONLY, &st);
+        if (r)
+            return r;
+        if (*length && st.present != *present)
+            break;
+        *present = st.present;
+        *length += st.length;
+    }
+    return 0;
+}
+
+static int io_alloc_co(struct io_session *s, const struct io_args *a) {
+    uint64_t offset, count = 512, sum = 0, end, len;
+    char text[32];
+    bool present = false;
+    if (!io_parse_size(a->pos[0], &offset) || (a->pos_n > 1 && !io_parse_size(a->pos[1], &count)))
+        return -EINVAL;
+    end = min_u64(s->node->size, offset + count);
+    if (end < offset)
+        end = offset;
+    for (uint64_t at = offset; at < end; at += len) {
+        int r = layer_run_co(s->node, at, end, &present, &len);
+        if (r) {
+            printf("is_allocated failed: %s\n", strerror(-r));
+            return r;
+        }
+        sum += present ? len : 0;
+    }
+    printf("%" PRIu64 "/%" PRIu64 " bytes allocated at offset %s\n", sum, end - offset,
+           io_quantity((double)offset, text));
+    return 0;
+}
+
+static int io_map_co(struct io_session *s, const struct io_args *a) {
+    bool present = false;
+    char size[32], from[32];
+    uint64_t len;
+    for (uint64_t at = 0; at < s->node->size; at += len) {
+        int r = layer_run_co(s->node, at, s->node->size, &present, &len);
+        if (r) {
+            printf("Failed to get allocation status: %s\n", strerror(-r));
+            return r;
+        }
+        printf("%s (0x%" PRIx64 ") bytes %s at offset %s (0x%" PRIx64 ")\n",
+               io_quantity((double)len, size), len, present ? "    allocated" : "not allocated",
+               io_quantity((double)at, from), at);
+    }
+    return 0;
+}
+
+static int io_sleep_co(struct io_session *s, const struct io_args *a) {
+    char *end;
+    errno = 0;
+    unsigned long long ms = strtoull(a->pos[0], &end, 10);
+    if (errno || *end || end == a->pos[0] || ms > INT64_MAX / 1000000) {
+        printf("%s is not a valid number\n", a->pos[0]);
+        return -EINVAL;
+    }
+    loop_sleep_co((int64_t)ms * 1000000);
+    return 0;
+}
+
+static int io_reopen_co(struct io_session *s, const struct io_args *a) {
+    struct err e AUTO_ERR = ERR_INIT;
+    if (a->has['r'] && a->has['w']) {
+        puts("Only one of -r/-w can be given");
+        return -EINVAL;
+    }
+    bool rw = a->has['r'] ? false : a->has['w'] ? true : node_is_rw(s->node);
+    io_session_drain_co(s);
+    int r = node_reopen_co(s->node, rw, &e);
+    if (r)
+        cli_print_error(s->ctx, &e);
+    return r;
+}
+
+static int io_quit_co(struct io_session *s, const struct io_args *a) {
+    s->quit = true;
+    return 0;
+}
+
+static io_fn io_help_co;
+
+/* ------------------------------------------------------------------ table */
+
+#define LINES(...)                                                                                 \
+    (const char *const[]) {                                                                        \
+        __VA_ARGS__, NULL                                                                          \
+    }
+
+#define HELP_COMMON                                                                                \
+    " -C, -- report statistics in a machine parsable format",                                      \
+        " -q, -- quiet mode, do not show I/O statistics"
+
+static const struct io_cmd io_commands[] = {
+    {"aio_flush", NULL, io_aio_flush_co, "", 0, 0, false, "",
+     "completes all outstanding aio requests", NULL},
+    {"aio_read", NULL, io_aio_read_co, "CqvP:", 2, 64, false, "[-Cqv] [-P pattern] off len [len..]",
+     "asynchronously reads a number of bytes",
+     LINES("reads into several buffers, of the lengths given, while later commands run",
+           " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
+    {"aio_write", NULL, io_aio_write_co, "CfquzP:", 2, 64, false,
+     "[-Cfquz] [-P pattern] off len [len..]", "asynchronously writes a number of bytes",
+     LINES("writes from several buffers, of the lengths given, while later commands run",
+           " -P, -- write this byte; default 0xcd",
+           " -f, -- the data is on stable storage when it completes (FUA)",
+           " -z, -- write zeros without moving data", " -u, -- with -z: space may be given back",
+           HELP_COMMON)},
+    {"alloc", NULL, io_alloc_co, "", 1, 2, false, "offset [count]",
+     "checks if offset is allocated in the file", NULL},
+    {"discard", "d", io_discard_co, "Cq", 2, 2, false, "[-Cq] off len",
+     "discards a number of bytes at a specified offset", LINES(HELP_COMMON)},
+    {"flush", "f", io_flush_co, "", 0, 0, false, "", "flush all in-core file state to disk", NULL},
+    {"help", "?", io_help_co, "", 0, 1, true, "[command]", "help for one or all commands", NULL},
+    {"info", "i", io_info_co, "", 0, 0, false, "", "prints information about the current file",
+     NULL},
+    {"length", "l", io_length_co, "", 0, 0, false, "", "gets the length of the current file", NULL},
+    {"map", NULL, io_map_co, "", 0, 0, false, "", "prints the allocated areas of a file", NULL},
+    {"quit", "q", io_quit_co, "", 0, 0, true, "", "exit the program", NULL},
+    {"read", "r", io_read_co, "abCpqvP:s:l:", 2, 2, false,
+     "[-Cqv] [-P pattern [-s off] [-l len]] off len",
+     "reads a number of bytes at a specified offset",
+     LINES("-v 512 1k dumps 1 kilobyte read from 512 bytes into the disk",
+           " -P, -- verify the data against this byte",
+           " -s, -- first byte of what is verified (only with -P)",
+           " -l, -- number of bytes that are verified (only with -P)", " -v, -- dump the data",
+           " -p, -- ignored for backwards compatibility", HELP_COMMON)},
+    {"readv", "rv", io_readv_co, "CqvP:", 2, 64, false, "[-Cqv] [-P pattern] off len [len..]",
+     "reads a number of bytes at a specified offset",
+     LINES("reads into several buffers, of the lengths given",
+           " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
+    {"reopen", NULL, io_reopen_co, "rw", 0, 0, false, "[-r|-w]",
+     "reopens the image read-only or read-write", NULL},
+    {"sleep", NULL, io_sleep_co, "", 1, 1, true, "milliseconds",
+     "waits for the given value in milliseconds", NULL},
+    {"truncate", "t", io_truncate_co, "m:", 1, 1, false, "[-m prealloc_mode] off",
+     "truncates the current file at the given offset", NULL},
+    {"write", "w", io_write_co, "bcCfnpquzP:s:", 2, 2, false,
+     "[-cCfnquz] [-P pattern | -s source_file] off len",
+     "writes a number of bytes at a specified offset",
+     LINES(" -P, -- write this byte; default 0xcd", " -s, -- write what is in this file, repeated",
+           " -c, -- compress the data: whole clusters",
+           " -f, -- the data is on stable storage when it completes (FUA)",
+           " -z, -- write zeros without moving data",
+           " -n, -- with -z: fail rather than write zeros slowly",
+           " -u, -- with -z: space may be given back",
+           " -p, -- ignored for backwards compatibility", HELP_COMMON)},
+    {"writev", "wv", io_writev_co, "CfqP:", 2, 64, false, "[-Cfq] [-P pattern] off len [len..]",
+     "writes a number of bytes at a specified offset",
+     LINES("writes from several buffers, of the lengths given",
+           " -P, -- write this byte; default 0xcd",
+           " -f, -- the data is on stable storage when it completes (FUA)", HELP_COMMON)},
+};
+
+#define COMMANDS_N (sizeof(io_commands) / sizeof(io_commands[0]))
+
+static const struct io_cmd *find_command(const char *name) {
+    for (size_t i = 0; i < COMMANDS_N; i++)
+        if (!strcmp(io_commands[i].name, name) ||
+            (io_commands[i].alias && !strcmp(io_commands[i].alias, name)))
+            return &io_commands[i];
+    return NULL;
+}
+
+static int io_help_co(struct io_session *s, const struct io_args *a) {
+    if (!a->pos_n) {
+        for (size_t i = 0; i < COMMANDS_N; i++)
+            io_usage(&io_commands[i]);
+        puts("\nUse 'help commandname' for extended help.");
+        return 0;
+    }
+    const struct io_cmd *c = find_command(a->pos[0]);
+    if (!c) {
+        printf("command %s not found\n", a->pos[0]);
+        return -EINVAL;
+    }
+    io_usage(c);
+    for (const char *const *line = c->details; line && *line; line++)
+        printf("%s%s\n", line == c->details ? "\n" : "", *line);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ lines */
+
+/* Splits at blanks, in place.  Returns the number of words, TOKENS_MAX + 1 for too many. */
+static int split(char *line, char **word) {
+    int n = 0;
+    for (char *save, *w = strtok_r(line, " \t\r\n", &save); w;
+         w = strtok_r(NULL, " \t\r\n", &save)) {
+        if (n == TOKENS_MAX)
+            return TOKENS_MAX + 1;
+        word[n++] = w;
+    }
+    return n;
+}
+
+/* Options may stand anywhere before "--"; letters can be joined: -qP 5. */
+static int parse_words(struct io_session *s, const struct io_cmd *c, char **word, int n,
+                       struct io_args *a) {
+    bool options = true;
+    for (int i = 1; i < n; i++) {
+        const char *w = word[i];
+        if (!options || w[0] != '-' || !w[1]) {
+            if (a->pos_n == IO_POS_MAX)
+                return io_usage(c);
+            a->pos[a->pos_n++] = w;
+            continue;
+        }
+        if (!strcmp(w, "--")) {
+            options = false;
+            continue;
+        }
+        for (w++; *w; w++) {
+            unsigned char letter = (unsigned char)*w;
+            const char *known = letter < 128 && letter != ':' ? strchr(c->letters, letter) : NULL;
+            if (!known) {
+                io_complain(s, "%s: invalid option -- '%c'", c->name, letter);
+                return io_usage(c);
+            }
+            a->has[letter] = true;
+            if (known[1] != ':')
+                continue;
+            a->val[letter] = w[1] ? w + 1 : i + 1 < n ? word[++i] : NULL;
+            if (!a->val[letter]) {
+                io_complain(s, "%s: option requires an argument -- '%c'", c->name, letter);
+                return io_usage(c);
+            }
+            break;
+        }
+    }
+    return 0;
+}
+
+static int check_count(struct io_session *s, const struct io_cmd *c, int n) {
+    if (n >= c->pos_min && n <= c->pos_max)
+        return 0;
+    if (c->pos_max == c->pos_min)
+        io_complain(s, "bad argument count %d to %s, expected %d arguments", n, c->name,
+                    c->pos_min);
+    else
+        io_complain(s, "bad argument count %d to %s, expected between %d and %d arguments", n,
+                    c->name, c->pos_min, c->pos_max);
+    return -EINVAL;
+}
+
+static int run_words_co(struct io_session *s, char **word, int n) {
+    if (n > TOKENS_MAX) {
+        io_complain(s, "more than %d words in one command", TOKENS_MAX);
+        return -EINVAL;
+    }
+    const struct io_cmd *c = find_command(word[0]);
+    if (!c) {
+        io_complain(s, "command \"%s\" not found", word[0]);
+        return -EINVAL;
+    }
+    struct io_args *a = xcalloc(1, sizeof(*a)); /* 1.7 KiB: too large for a task's stack */
+    a->cmd = c;
+    int r = parse_words(s, c, word, n, a);
+    if (!r)
+        r = check_count(s, c, a->pos_n);
+    if (!r && !s->node && !c->no_disk) {
+        io_complain(s, "no file open: name an image on the command line");
+        r = -EINVAL;
+    }
+    if (!r)
+        r = c->fn(s, a);
+    free(a);
+    return r;
+}
+
+void io_session_init(struct io_session *s, const struct verb_ctx *ctx, struct node *n) {
+    *s = (struct io_session){.ctx = ctx, .node = n};
+    waitq_init(&s->idle);
+    waitq_init(&s->slot);
+}
+
+void io_session_run_co(struct io_session *s, const char *line) {
+    char *text AUTO_FREE = xstrdup(line);
+    char **word AUTO_FREE = xcalloc(TOKENS_MAX + 1, sizeof(*word));
+    int n = split(text, word);
+    if (n && run_words_co(s, word, n) < 0)
+        s->failed = true;
+}
+
+void io_session_drain_co(struct io_session *s) {
+    while (s->in_flight)
+        waitq_wait_co(&s->idle);
+}
