@@ -2,6 +2,9 @@
 """qcow2 images that strata creates, in the eyes of qemu-img: accepted, and laid out alike."""
 import json
 import os
+import resource
+import signal
+import subprocess
 import time
 
 import pytest
@@ -140,6 +143,36 @@ def test_what_cannot_be_is_refused_and_makes_nothing(run, tmp_path, size, option
     p = create(run, tmp_path / "a", size, status=1, **options)
     assert text in p.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_leaves_nothing(strata, tmp_path):
+    """A limit on the file's size stands in for the disk; at every stage of the creation."""
+    limit = [0]
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit[0], limit[0]))
+
+    for limit[0] in (0, 100, 70000, 140000, 200000, 300000, 5 << 20):
+        for prealloc in PREALLOC:
+            if prealloc == "off" and limit[0] >= 200000:
+                continue
+            p = subprocess.run([strata, "create", "-q", "-f", "qcow2", "-o",
+                                f"preallocation={prealloc}", tmp_path / "a", "10M"],
+                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                               preexec_fn=small_disk)
+            assert p.returncode == 1, (limit, prealloc)
+            assert "File too large" in p.stderr, p.stderr
+            assert os.listdir(tmp_path) == []
+
+
+def test_info_tells_what_qemu_img_tells(run, peer, tmp_path):
+    for options in (dict(), dict(compat="0.10"), dict(compression_type="zstd", refcount_bits=2),
+                    dict(lazy_refcounts="on", cluster_size=512)):
+        peer_create(peer, tmp_path / "a", "10M", **options)
+        j = json.loads(run("info", "--output=json", tmp_path / "a").stdout)
+        want = info(peer, tmp_path / "a")
+        assert {k: j[k] for k in want} == want
 
 
 def test_preallocation_over_a_backing_file_is_refused(run, peer, tmp_path):

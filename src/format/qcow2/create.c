@@ -120,6 +120,11 @@ static int check_rules(const struct qcow2_create_opts *o, struct err *e) {
     return 0;
 }
 
+int qcow2_create_check(const struct qcow2_create_opts *o, struct err *e) {
+    int r = refuse_unsupported(o, e);
+    return r ? r : check_rules(o, e);
+}
+
 /* ---- the stream of tables ---- */
 
 #define STREAM_BYTES ((uint32_t)MIB)
@@ -304,9 +309,7 @@ int qcow2_create_co(struct node *file, const void *create_opts, struct create_ct
                     struct err *e) {
     const struct qcow2_create_opts *o = create_opts;
     struct qcow2_layout l;
-    int r = refuse_unsupported(o, e);
-    if (!r)
-        r = check_rules(o, e);
+    int r = qcow2_create_check(o, e);
     if (!r)
         r = qcow2_layout_compute((uint32_t)__builtin_ctzll(o->cluster_size),
                                  (uint32_t)__builtin_ctzll(o->refcount_bits),

@@ -20,11 +20,13 @@ json_t *qcow2_describe(struct node *n) {
     json_object_set_new(
         o, "compression-type",
         json_string(h->compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib"));
-    json_object_set_new(o, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
     if (h->version >= 3) {
         json_object_set_new(o, "dirty-flag", json_boolean(h->incompatible & QCOW2_INCOMPAT_DIRTY));
         json_object_set_new(o, "lazy-refcounts",
                             json_boolean(h->compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));
+    }
+    json_object_set_new(o, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
+    if (h->version >= 3) {
         json_object_set_new(o, "corrupt", json_boolean(h->incompatible & QCOW2_INCOMPAT_CORRUPT));
         json_object_set_new(o, "extended-l2",
                             json_boolean(h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2));

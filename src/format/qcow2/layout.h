@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 struct err;
+struct qcow2_create_opts;
 
 struct qcow2_layout {
     uint32_t cluster_bits, refcount_order;
@@ -33,6 +34,10 @@ struct qcow2_layout {
  */
 int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, uint64_t size,
                          bool prealloc, struct qcow2_layout *l, struct err *e);
+
+/* create.c: options that contradict one another (-EINVAL) or ask for what is not there yet
+ * (-ENOTSUP). */
+int qcow2_create_check(const struct qcow2_create_opts *o, struct err *e);
 
 static inline uint64_t qcow2_layout_reftable(const struct qcow2_layout *l) {
     return (uint64_t)1 << l->cluster_bits;

@@ -14,8 +14,11 @@ int qcow2_measure(const void *create_opts, uint64_t size, uint64_t data, struct 
                   struct err *e) {
     const struct qcow2_create_opts *o = create_opts;
     struct qcow2_layout l;
-    int r = qcow2_layout_compute(__builtin_ctzll(o->cluster_size),
-                                 __builtin_ctzll(o->refcount_bits), size, true, &l, e);
+    int r = qcow2_create_check(o, e);
+    if (r)
+        return r;
+    r = qcow2_layout_compute(__builtin_ctzll(o->cluster_size), __builtin_ctzll(o->refcount_bits),
+                             size, true, &l, e);
     if (r)
         return r;
     uint64_t data_clusters = min_u64(div_up(data, o->cluster_size), l.data_clusters);
