@@ -19,6 +19,17 @@
 #include "runtime/switch.h"
 #include "runtime/task.h"
 
+#if defined(__has_include)
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#endif
+#endif
+#ifndef VALGRIND_STACK_REGISTER
+#define VALGRIND_STACK_REGISTER(lo, hi) 0
+#define VALGRIND_STACK_DEREGISTER(id) (void)(id)
+#define RUNNING_ON_VALGRIND 0
+#endif
+
 /* ---- tasks (task.c) ---- */
 
 /* Without the guard; the struct task itself lies at the top. */

@@ -747,8 +747,9 @@ static void greedy_task(void *arg) {
     char c = 'x';
     struct iovec v = {&c, 1};
     bool *stop = arg;
+    assert_int_equal(loop_pwritev_co(fd, &v, 1, 0, 0), 1);
     while (!*stop)
-        assert_int_equal(loop_pwritev_co(fd, &v, 1, 0, 0), 1);
+        assert_int_equal(loop_preadv_co(fd, &v, 1, 0, 0), 1);
     close(fd);
 }
 static void greedy_main(void *arg) {
@@ -762,6 +763,22 @@ static void greedy_main(void *arg) {
 }
 static void work_done_in_place_does_not_starve_timers(void **state) {
     run(greedy_main, NULL);
+}
+
+static void yield_main(void *arg) {
+    struct waiting w = {POLLIN, 99};
+    make_pair();
+    task_run(loop, poll_task, &w);
+    task_yield_co(); /* submits */
+    assert_int_equal(send_all(pair[1], "x", 1), 1);
+    task_yield_co(); /* sees the completion, queues the task behind us */
+    task_yield_co();
+    assert_int_equal(w.got, POLLIN);
+    close(pair[0]);
+    close(pair[1]);
+}
+static void a_yield_lets_completions_in(void **state) {
+    run(yield_main, NULL);
 }
 
 /* ---- choosing ---- */
@@ -844,6 +861,7 @@ int main(void) {
         T(threads_end_with_the_last_loop),
         T(several_loops_share_the_pool),
         T(work_done_in_place_does_not_starve_timers),
+        T(a_yield_lets_completions_in),
         cmocka_unit_test(the_environment_chooses),
         cmocka_unit_test(nothing_starts_before_it_is_needed),
     };
