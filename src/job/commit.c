@@ -6,18 +6,78 @@
  * written below it does not change what it reads as; killed at any moment, the overlay over the
  * half-written base still reads right and the commit can be run again.  Only a reader of the bare
  * base sees the difference, and it is complete and synced before success is reported.
+ *
+ * Growing the base has a trap.  When the base has a backing file itself that reaches behind the
+ * base's old end, the new part of the base would show that file's content, where the overlay's
+ * holes have read as zeros so far.  So those holes are made zeros in the overlay first, which
+ * changes nothing that it reads as, and made stable; then the base may grow.
  */
 #include <errno.h>
 #include <inttypes.h>
 #include "job/copy.h"
+#include "base/ck.h"
 #include "base/err.h"
 #include "disk/io.h"
 #include "disk/node.h"
 
+/* The overlay's first hole in [*pos, end): its run in *pos and *length, which is 0 for none. */
+static int next_hole_co(struct node *overlay, uint64_t end, uint64_t *pos, uint64_t *length) {
+    for (*length = 0; *pos < end; *pos += *length) {
+        struct status st;
+        int r = disk_status_co(overlay, *pos, end - *pos, STATUS_TOP_ONLY, &st);
+        if (r < 0)
+            return r;
+        *length = st.length;
+        if (!st.present)
+            return 0;
+    }
+    *length = 0;
+    return 0;
+}
+
+static int fill_holes_co(struct node *overlay, uint64_t pos, uint64_t end) {
+    uint64_t at = pos, length;
+    int r = next_hole_co(overlay, end, &at, &length);
+    while (r == 0 && length) {
+        /* Writing one zero copies the whole unit that the base's old end cuts. */
+        r = is_aligned(at, overlay->granularity)
+                ? disk_zero_co(overlay, at, length, ZERO_NO_FALLBACK)
+                : disk_pwrite_co(overlay, at, "", 1);
+        if (r == 0) {
+            uint64_t before = at;
+            r = next_hole_co(overlay, end, &at, &length);
+            if (r == 0 && length && at == before)
+                r = -ENOTSUP; /* still a hole: this format has no zeros of its own */
+        }
+    }
+    return r < 0 ? r : disk_flush_co(overlay);
+}
+
+/* See the design note: nothing from below may shine through the part that the base grows by. */
+static int shield_growth_co(struct node *overlay, struct node *base, struct err *e) {
+    uint64_t deepest = 0;
+    for (struct node *l = base->backing; l; l = l->backing)
+        deepest = max_u64(deepest, l->size);
+    uint64_t end = min_u64(deepest, overlay->size);
+    if (end <= base->size)
+        return 0;
+    end = min_u64(align_up(end, overlay->granularity), overlay->size);
+    int r = node_is_rw(overlay) ? fill_holes_co(overlay, base->size, end) : -EROFS;
+    if (r < 0)
+        return err_errno(e, -r,
+                         "%s would grow from %" PRIu64 " to %" PRIu64
+                         " bytes and show its backing file there; keeping zeros in %s",
+                         base->filename, base->size, overlay->size, overlay->filename);
+    return 0;
+}
+
 static int grow_base_co(struct node *overlay, struct node *base, struct err *e) {
     if (base->size >= overlay->size)
         return 0;
-    int r = disk_resize_co(base, overlay->size, PREALLOC_OFF, e);
+    int r = shield_growth_co(overlay, base, e);
+    if (r < 0)
+        return r;
+    r = disk_resize_co(base, overlay->size, PREALLOC_OFF, e);
     if (r < 0)
         return err_prefix(e, "growing %s to %" PRIu64 " bytes", base->filename, overlay->size);
     return 0;

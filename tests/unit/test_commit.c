@@ -219,6 +219,41 @@ TASK_TEST(commit_writes_only_what_the_top_layer_holds) {
     node_unref_co(n);
 }
 
+/* The base grows over a longer file below it, whose content must not come up. */
+TASK_TEST(commit_growing_over_a_longer_backing_file_keeps_zeros) {
+    struct err e AUTO_ERR = ERR_INIT;
+    const uint64_t odd = MIB + 5120;
+    create("base", "raw", 4 * MIB, NULL, NULL);
+    struct node *n = open_image("base", "raw", OPEN_RW);
+    fill(n, 0, 4 * MIB, 9);
+    node_unref_co(n);
+    create("mid", "qcow2", odd, "base", "raw");
+    create("top", "qcow2", 6 * MIB, "mid", "qcow2");
+    n = open_image("top", "qcow2", OPEN_RW);
+    fill(n, 3 * MIB, 4096, 2);
+    must(commit_run_co(n, &plain, &e), &e);
+    for (int i = 0; i < 2; i++) {
+        expect(n, 0, odd, 9);
+        expect(n, odd, 3 * MIB - odd, 0);
+        expect(n, 3 * MIB, 4096, 2);
+        expect(n, 3 * MIB + 4096, 3 * MIB - 4096, 0);
+        node_unref_co(n);
+        n = open_image("mid", "qcow2", 0);
+    }
+    node_unref_co(n);
+}
+
+TASK_TEST(commit_growing_over_a_longer_backing_file_needs_a_writable_overlay) {
+    struct err e AUTO_ERR = ERR_INIT;
+    create("base", "raw", 4 * MIB, NULL, NULL);
+    create("mid", "qcow2", MIB, "base", "raw");
+    create("top", "qcow2", 4 * MIB, "mid", "qcow2");
+    struct node *n = open_image("top", "qcow2", 0);
+    assert_int_equal(commit_run_co(n, &plain, &e), -EROFS);
+    assert_int_equal(n->backing->size, MIB);
+    node_unref_co(n);
+}
+
 TASK_TEST(commit_without_a_base_says_so) {
     struct err e AUTO_ERR = ERR_INIT;
     create("base", "qcow2", MIB, NULL, NULL);
@@ -237,6 +272,8 @@ int main(void) {
         cmocka_unit_test(commit_grows_a_smaller_qcow2_base),
         cmocka_unit_test(commit_of_a_smaller_overlay_keeps_the_rest_of_the_base),
         cmocka_unit_test(commit_writes_only_what_the_top_layer_holds),
+        cmocka_unit_test(commit_growing_over_a_longer_backing_file_keeps_zeros),
+        cmocka_unit_test(commit_growing_over_a_longer_backing_file_needs_a_writable_overlay),
         cmocka_unit_test(commit_without_a_base_says_so),
     };
     strcpy(folder, "/var/tmp/strata-commit-XXXXXX");
