@@ -62,6 +62,7 @@ static int threads_start(struct loop *l) {
         free(t);
         return r;
     }
+    t->no_pwait2 = RUNNING_ON_VALGRIND; /* which does not know it, and says so */
     l->be_state = t;
     threads_signals_on(l);
     return 0;
