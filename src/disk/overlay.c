@@ -29,12 +29,16 @@
 #include "disk/engine.h"
 
 /*
- * Of the throw-away layer.  A write that is smaller than
- * the cluster copies the rest of it from the base, a smaller cluster needs more tables.
+ * Clusters of the throw-away layer.  Guests write pages: with clusters of a page a random write
+ * copies nothing from the base and takes no more scratch space than it writes.  Measured, 60,000
+ * random 4 KiB writes over a 3 GiB base (processor time of one, scratch used): 4 KiB 9 us, 386
+ * MiB; 16 KiB 14 us, 1026 MiB; 64 KiB 27 us, 2307 MiB.  Writing the whole disk in sequence costs
+ * more tables instead: at 4 KiB about half the speed of 64 KiB, still 0.5 to 1.1 GiB/s.  A disk so
+ * large that its first-level table would pass L1_BYTES_MAX gets larger ones.
  */
-#define OVERLAY_CLUSTER (16 * KIB)
-/* The largest disk whose first-level table stays below 4 MiB with that cluster size. */
-#define OVERLAY_CLUSTER_LARGE (64 * KIB)
+#define OVERLAY_CLUSTER_MIN (4 * KIB)
+#define OVERLAY_CLUSTER_MAX (64 * KIB)
+#define L1_BYTES_MAX (4 * MIB)
 #define COPY_PIECE MIB
 
 static void json_unref(json_t **j) {
@@ -61,7 +65,9 @@ static int create_scratch_co(const struct overlay_opts *opts, struct node **out,
 
 static int format_scratch_co(struct node *file, const struct driver *qcow2, uint64_t size,
                              struct err *e) {
-    uint64_t cluster = size > 64 * TIB ? OVERLAY_CLUSTER_LARGE : OVERLAY_CLUSTER;
+    uint64_t cluster = OVERLAY_CLUSTER_MIN;
+    while (cluster < OVERLAY_CLUSTER_MAX && size / (cluster * cluster / 8) * 8 > L1_BYTES_MAX)
+        cluster *= 2;
     json_t *opts AUTO(json_unref) =
         json_pack("{s:I, s:I}", "size", (json_int_t)size, "cluster_size", (json_int_t)cluster);
     if (!opts)
