@@ -1,0 +1,676 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * qcow2 under the engine, against a plain array, with power cuts.
+ *
+ * Storage is an array in memory that keeps what a real disk may forget: every write since the last
+ * completed flush.  Its fault model: a flush makes durable all writes that had completed when it
+ * was asked for; at a power cut each sector of each later write is kept or lost by itself; sectors
+ * do not tear.  Writes, reads and flushes yield to other tasks at random.
+ *
+ * Several tasks each own a part of the disk (the parts meet inside clusters) and do random writes,
+ * zeroing, discards, coded writes, reads and flushes there.  Each write fills its range with a
+ * value of its own, so that what a word may hold after a power cut is known: what the last flush
+ * covered, or anything written later.  Before random flushes the storage as a power cut would
+ * leave it is copied, opened and checked: no corruption, leaks at most, and every word is one of
+ * those. At the end the disk must equal the array, and the image must be without leaks.
+ *
+ * The seed is printed; STRATA_SEED chooses it, STRATA_ROUNDS multiplies the work.
+ */
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <cmocka.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "base/err.h"
+#include "base/iov.h"
+#include "disk/engine.h"
+#include "format/qcow2/qcow2.h"
+#include "runtime/loop.h"
+
+static uint64_t rng_state;
+
+static uint64_t rng(uint64_t below) {
+    rng_state ^= rng_state << 13;
+    rng_state ^= rng_state >> 7;
+    rng_state ^= rng_state << 17;
+    return (rng_state * UINT64_C(0x2545f4914f6cdd1d) >> 11) % below;
+}
+
+/* ---------------------------------------------------------------- storage that forgets */
+
+struct record {
+    uint64_t offset, length;
+    bool complete;
+    uint8_t *bytes;
+};
+
+struct disk {
+    uint8_t *now, *stable; /* as read; as a power cut surely leaves it */
+    uint64_t capacity, stable_size;
+    struct record **pending;
+    size_t pending_n, pending_cap;
+    unsigned flushes;
+    unsigned fail_one_in; /* 0: never */
+    void (*before_sync_co)(void *arg);
+    void *arg;
+};
+
+static void maybe_yield_co(void) {
+    while (rng(3) == 0)
+        task_yield_co();
+}
+
+static bool fails(const struct disk *d) {
+    return d->fail_one_in && rng(d->fail_one_in) == 0;
+}
+
+static int disk_read_co(struct node *n, uint64_t off, uint64_t len, const struct iovec *iov,
+                        int niov, unsigned flags) {
+    struct disk *d = n->state;
+    maybe_yield_co();
+    if (fails(d))
+        return -EIO;
+    uint64_t have = off >= n->size ? 0 : min_u64(len, n->size - off);
+    if (have)
+        iov_from_buf(iov, niov, 0, d->now + off, have);
+    iov_zero(iov, niov, have, len - have);
+    return 0;
+}
+
+static int disk_write_co(struct node *n, uint64_t off, uint64_t len, const struct iovec *iov,
+                         int niov, unsigned flags) {
+    struct disk *d = n->state;
+    if (off + len > d->capacity)
+        return -ENOSPC;
+    struct record *r = calloc(1, sizeof(*r));
+    *r = (struct record){off, len, false, malloc(len)};
+    iov_to_buf(iov, niov, 0, r->bytes, len);
+    if (d->pending_n == d->pending_cap) {
+        d->pending_cap = d->pending_cap ? d->pending_cap * 2 : 64;
+        d->pending = realloc(d->pending, d->pending_cap * sizeof(*d->pending));
+    }
+    d->pending[d->pending_n++] = r;
+    maybe_yield_co();
+    memcpy(d->now + off, r->bytes, len);
+    n->size = max_u64(n->size, off + len);
+    maybe_yield_co();
+    r->complete = true;
+    return fails(d) ? -EIO : 0;
+}
+
+static int disk_sync_co(struct node *n) {
+    struct disk *d = n->state;
+    size_t covered = 0;
+    if (d->before_sync_co)
+        d->before_sync_co(d->arg);
+    struct record **r = calloc(d->pending_n + 1, sizeof(*r));
+    for (size_t i = 0; i < d->pending_n; i++)
+        if (d->pending[i]->complete)
+            r[covered++] = d->pending[i];
+    maybe_yield_co();
+    maybe_yield_co();
+    d->flushes++;
+    if (fails(d)) {
+        free(r);
+        return -EIO;
+    }
+    for (size_t i = 0; i < covered; i++) {
+        size_t at = 0;
+        while (at < d->pending_n && d->pending[at] != r[i])
+            at++;
+        if (at == d->pending_n)
+            continue; /* another flush was faster */
+        memcpy(d->stable + r[i]->offset, r[i]->bytes, r[i]->length);
+        d->stable_size = max_u64(d->stable_size, r[i]->offset + r[i]->length);
+        memmove(d->pending + at, d->pending + at + 1, (--d->pending_n - at) * sizeof(*d->pending));
+        free(r[i]->bytes);
+        free(r[i]);
+    }
+    free(r);
+    return 0;
+}
+
+static int disk_trim_co(struct node *n, uint64_t off, uint64_t len) {
+    if (off >= n->size)
+        return 0;
+    len = min_u64(len, n->size - off);
+    uint8_t *zeros = calloc(1, len);
+    struct iovec v = {zeros, len};
+    int r = disk_write_co(n, off, len, &v, 1, 0);
+    free(zeros);
+    return r;
+}
+
+static int disk_truncate_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    struct disk *d = n->state;
+    if (size > d->capacity)
+        return err_set(e, ENOSPC, "full");
+    if (size < n->size)
+        memset(d->now + size, 0, n->size - size);
+    n->size = size;
+    return 0;
+}
+
+static void disk_close_co(struct node *n) {
+    struct disk *d = n->state;
+    for (size_t i = 0; i < d->pending_n; i++) {
+        free(d->pending[i]->bytes);
+        free(d->pending[i]);
+    }
+    free(d->pending);
+    free(d->now);
+    free(d->stable);
+}
+
+static const struct storage_ops disk_ops = {.preadv_co = disk_read_co,
+                                            .pwritev_co = disk_write_co,
+                                            .flush_co = disk_sync_co,
+                                            .discard_co = disk_trim_co,
+                                            .truncate_co = disk_truncate_co};
+static const struct driver driver_disk = {.name = "forgetful",
+                                          .kind = DRIVER_STORAGE,
+                                          .state_size = sizeof(struct disk),
+                                          .close_co = disk_close_co,
+                                          .storage = &disk_ops};
+
+static struct node *disk_new(uint64_t capacity, unsigned flags) {
+    struct node *n = node_new(&driver_disk);
+    struct disk *d = n->state;
+    n->flags = NODE_RW | flags;
+    n->perm = n->shared = PERM_ALL;
+    n->storage_flags = STORAGE_ZERO_INIT;
+    d->capacity = capacity;
+    d->now = calloc(1, capacity);
+    d->stable = calloc(1, capacity);
+    return n;
+}
+
+/* The storage after a power cut now. */
+static struct node *disk_after_cut(struct node *n) {
+    struct disk *d = n->state;
+    struct node *cut = disk_new(d->capacity, 0);
+    struct disk *c = cut->state;
+    memcpy(c->now, d->stable, d->stable_size);
+    cut->size = d->stable_size;
+    for (size_t i = 0; i < d->pending_n; i++) {
+        const struct record *r = d->pending[i];
+        for (uint64_t at = r->offset, next; at < r->offset + r->length; at = next) {
+            next = min_u64(align_down(at, 512) + 512, r->offset + r->length);
+            if (rng(2)) {
+                memcpy(c->now + at, r->bytes + (at - r->offset), next - at);
+                cut->size = max_u64(cut->size, next);
+            }
+        }
+    }
+    return cut;
+}
+
+/* ---------------------------------------------------------------- the model */
+
+struct shape {
+    const char *name;
+    const char *options; /* of create, as JSON without braces */
+    uint64_t size;
+    unsigned tasks, ops, cuts;
+    unsigned node_flags;
+    bool backing;
+    unsigned fail_one_in;
+    uint64_t longest; /* operation in bytes; 0: any */
+};
+
+struct op {
+    uint64_t offset, length, value;
+};
+
+struct model {
+    const struct shape *shape;
+    struct node *file, *node, *base;
+    uint64_t words;
+    uint64_t *now;     /* value of each 8-byte word */
+    uint64_t *durable; /* as of the last completed flush's start */
+    struct op *ops;    /* everything begun since `flushed_ops` may be there after a cut */
+    size_t ops_n, ops_cap;
+    size_t flushed_ops; /* first that the durable picture may lack */
+    size_t durable_at;  /* ops begun when that picture was taken */
+    size_t running[16]; /* by task: the operation in flight, else SIZE_MAX */
+    uint64_t next_value;
+    unsigned busy;
+    unsigned cuts_done;
+};
+
+struct worker {
+    struct model *m;
+    unsigned index;
+    uint64_t low, high; /* words of its own */
+    uint8_t *buf;
+};
+
+static void model_begin(struct worker *w, uint64_t offset, uint64_t length, uint64_t value) {
+    struct model *m = w->m;
+    if (m->ops_n == m->ops_cap) {
+        m->ops_cap = m->ops_cap ? m->ops_cap * 2 : 1024;
+        m->ops = realloc(m->ops, m->ops_cap * sizeof(*m->ops));
+    }
+    m->running[w->index] = m->ops_n;
+    m->ops[m->ops_n++] = (struct op){offset, length, value};
+}
+
+static void model_done(struct worker *w, uint64_t offset, uint64_t length, uint64_t value) {
+    for (uint64_t i = offset / 8; i < (offset + length) / 8; i++)
+        w->m->now[i] = value;
+    w->m->running[w->index] = SIZE_MAX;
+}
+
+static void flush_co(struct model *m) {
+    size_t bytes = m->words * 8, at = m->ops_n, lacks = m->ops_n;
+    uint64_t *snapshot = malloc(bytes);
+    memcpy(snapshot, m->now, bytes);
+    for (unsigned i = 0; i < m->shape->tasks; i++)
+        lacks = min_u64(lacks, m->running[i]);
+    int r = disk_flush_co(m->node);
+    if (!m->shape->fail_one_in)
+        assert_int_equal(r, 0);
+    if (!r && at >= m->durable_at) {
+        memcpy(m->durable, snapshot, bytes);
+        m->durable_at = at;
+        m->flushed_ops = lacks;
+    }
+    free(snapshot);
+}
+
+static bool possible(const struct model *m, const uint64_t *durable, uint64_t w, uint64_t value,
+                     size_t first, size_t last) {
+    if (durable[w] == value)
+        return true;
+    for (size_t i = first; i < last; i++)
+        if (m->ops[i].value == value && w * 8 >= m->ops[i].offset &&
+            w * 8 < m->ops[i].offset + m->ops[i].length)
+            return true;
+    return false;
+}
+
+static void complain(void *arg, bool is_leak, const char *text) {
+    if (!is_leak)
+        print_error("%s: %s\n", (const char *)arg, text);
+}
+
+static struct node *open_on(struct node *file, unsigned flags, struct node *base) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *n = NULL;
+    struct open_req req = {.flags = flags | OPEN_NO_BACKING,
+                           .cache = file->flags & NODE_NO_FLUSH ? CACHE_UNSAFE : CACHE_WRITEBACK};
+    if (node_open_on_co(file, &driver_qcow2, NULL, &req, &n, &e))
+        print_error("%s\n", err_text(&e));
+    assert_non_null(n);
+    n->backing = base ? node_ref(base) : NULL;
+    return n;
+}
+
+static void check(struct node *n, const char *when, bool leaks_too) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct check_result r = {.report = complain, .arg = (void *)when};
+    if (qcow2_check_co(n, &r, &e))
+        print_error("%s: %s\n", when, err_text(&e));
+    assert_int_equal(e.code, 0);
+    assert_int_equal(r.corruptions, 0);
+    assert_int_equal(r.check_errors, 0);
+    if (leaks_too)
+        assert_int_equal(r.leaks, 0);
+}
+
+/* A power cut now: what is left must open, be whole, and hold nothing impossible. */
+static void cut_co(struct model *m) {
+    size_t first = m->flushed_ops, last = m->ops_n, bytes = m->words * 8;
+    uint64_t *durable = malloc(bytes), *read = malloc(bytes);
+    memcpy(durable, m->durable, bytes);
+    struct node *n = open_on(disk_after_cut(m->file), OPEN_CHECK, m->base);
+    check(n, "after a power cut", false);
+    assert_int_equal(disk_pread_co(n, 0, read, bytes), 0);
+    /* A write that failed may have left anything of it, at any time. */
+    for (uint64_t w = 0; w < m->words && !m->shape->fail_one_in; w++)
+        if (!possible(m, durable, w, read[w], first, last)) {
+            print_error("power cut: word %llu is %llu, durable %llu\n", (unsigned long long)w,
+                        (unsigned long long)read[w], (unsigned long long)durable[w]);
+            fail();
+        }
+    node_unref_co(n);
+    free(durable);
+    free(read);
+    m->cuts_done++;
+}
+
+/* ---------------------------------------------------------------- the work */
+
+static uint64_t range_length(uint64_t room) {
+    static const uint64_t spans[] = {1, 8, 64, 512, 4096, 32768, 262144};
+    return 1 + rng(min_u64(room, spans[rng(7)]));
+}
+
+static void write_op(struct worker *w, uint64_t offset, uint64_t length) {
+    struct model *m = w->m;
+    uint64_t value = ++m->next_value;
+    for (uint64_t i = 0; i < length; i += 8)
+        memcpy(w->buf + i, &value, 8);
+    model_begin(w, offset, length, value);
+    struct iovec iov[2] = {{w->buf, length / 16 * 8}, {w->buf, length - length / 16 * 8}};
+    int r = disk_pwritev_co(m->node, offset, length, iov, 2, 0);
+    if (!m->shape->fail_one_in)
+        assert_int_equal(r, 0);
+    if (!r)
+        model_done(w, offset, length, value);
+}
+
+static void zero_op(struct worker *w, uint64_t offset, uint64_t length) {
+    struct model *m = w->m;
+    model_begin(w, offset, length, 0);
+    int r = disk_zero_co(m->node, offset, length, rng(2) ? ZERO_MAY_UNMAP : 0);
+    if (!m->shape->fail_one_in)
+        assert_int_equal(r, 0);
+    if (!r)
+        model_done(w, offset, length, 0);
+}
+
+/* What a discard leaves is only known to be old or zeros: read it back. */
+static void discard_op(struct worker *w, uint64_t offset, uint64_t length) {
+    struct model *m = w->m;
+    model_begin(w, offset, length, 0);
+    int r = disk_discard_co(m->node, offset, length);
+    if (!r)
+        r = disk_pread_co(m->node, offset, w->buf, length);
+    if (!m->shape->fail_one_in)
+        assert_int_equal(r, 0);
+    for (uint64_t i = 0; !r && i < length; i += 8) {
+        uint64_t value = le64_load(w->buf + i);
+        if (!m->shape->fail_one_in)
+            assert_true(value == 0 || value == m->now[(offset + i) / 8]);
+        m->now[(offset + i) / 8] = value;
+    }
+    m->running[w->index] = SIZE_MAX;
+}
+
+static void coded_op(struct worker *w, uint64_t offset) {
+    struct model *m = w->m;
+    uint32_t unit = m->node->granularity;
+    uint64_t start = align_up(offset, unit), value = ++m->next_value;
+    if (start + unit > w->high * 8)
+        return;
+    uint8_t *code = malloc(unit);
+    for (uint64_t i = 0; i < unit; i += 8)
+        memcpy(w->buf + i, &value, 8);
+    ssize_t n = m->node->codec->encode(w->buf, unit, code, unit - 1);
+    if (n > 0) {
+        /* Longer than it needs to be at times, so that codes straddle host clusters. */
+        uint32_t length = (uint32_t)min_u64((uint64_t)n + rng(unit / 2), unit - 1);
+        memset(code + n, 0x55, length - (size_t)n);
+        model_begin(w, start, unit, value);
+        int r = disk_write_coded_co(m->node, start, code, length);
+        if (!m->shape->fail_one_in)
+            assert_int_equal(r, 0);
+        if (!r)
+            model_done(w, start, unit, value);
+    }
+    free(code);
+}
+
+static void read_op(struct worker *w, uint64_t offset, uint64_t length) {
+    struct model *m = w->m;
+    int r = disk_pread_co(m->node, offset, w->buf, length);
+    if (m->shape->fail_one_in)
+        return; /* a failed write leaves old or new */
+    assert_int_equal(r, 0);
+    for (uint64_t i = 0; i < length; i += 8)
+        if (le64_load(w->buf + i) != m->now[(offset + i) / 8]) {
+            print_error("word %llu reads %llu instead of %llu\n",
+                        (unsigned long long)(offset + i) / 8,
+                        (unsigned long long)le64_load(w->buf + i),
+                        (unsigned long long)m->now[(offset + i) / 8]);
+            fail();
+        }
+}
+
+static void status_op(struct worker *w, uint64_t offset, uint64_t length) {
+    struct status st;
+    int r = disk_status_co(w->m->node, offset, length, STATUS_TOP_ONLY, &st);
+    if (w->m->shape->fail_one_in)
+        return;
+    assert_int_equal(r, 0);
+    if (st.zero && st.present)
+        for (uint64_t i = 0; i < st.length / 8; i++)
+            assert_true(w->m->now[offset / 8 + i] == 0);
+}
+
+static void worker_main(void *arg) {
+    struct worker *w = arg;
+    for (unsigned i = 0; i < w->m->shape->ops; i++) {
+        uint64_t at = w->low + rng(w->high - w->low);
+        uint64_t offset = at * 8, length = range_length(w->high - at) * 8;
+        if (w->m->shape->longest)
+            length = min_u64(length, w->m->shape->longest);
+        switch (rng(16)) {
+        case 0:
+        case 1:
+            zero_op(w, offset, length);
+            break;
+        case 2:
+            discard_op(w, offset, length);
+            break;
+        case 3:
+        case 4:
+        case 5:
+            coded_op(w, offset);
+            break;
+        case 6:
+        case 7:
+            read_op(w, offset, length);
+            break;
+        case 8:
+            flush_co(w->m);
+            break;
+        case 9:
+            status_op(w, offset, length);
+            break;
+        default:
+            write_op(w, offset, length);
+        }
+    }
+    w->m->busy--;
+}
+
+/* Just before a flush most is at stake. */
+static void cut_before_sync_co(void *arg) {
+    struct model *m = arg;
+    if (m->busy && m->cuts_done < m->shape->cuts && rng(4) == 0)
+        cut_co(m);
+}
+
+static struct node *make_image(const struct shape *sh) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *file = disk_new(2 * sh->size + 24 * MIB, sh->node_flags);
+    char text[256];
+    snprintf(text, sizeof(text), "{\"size\": %llu%s%s}", (unsigned long long)sh->size,
+             *sh->options ? ", " : "", sh->options);
+    json_t *options = json_loads(text, 0, NULL);
+    assert_non_null(options);
+    if (format_create_co(file, &driver_qcow2, options, &e))
+        print_error("%s\n", err_text(&e));
+    assert_int_equal(e.code, 0);
+    json_decref(options);
+    disk_sync_co(file);
+    return file;
+}
+
+/* A layer below: every word its own number, far above those of the model's writes. */
+static struct node *make_base(uint64_t size) {
+    struct node *n = disk_new(size, 0);
+    uint64_t *words = (uint64_t *)((struct disk *)n->state)->now;
+    for (uint64_t i = 0; i < size / 8; i++)
+        words[i] = (UINT64_C(1) << 40) + i;
+    n->size = size;
+    return n;
+}
+
+static void reads_as_model(struct model *m) {
+    uint64_t *read = malloc(m->words * 8);
+    assert_int_equal(disk_pread_co(m->node, 0, read, m->words * 8), 0);
+    for (uint64_t w = 0; w < m->words; w++)
+        if (read[w] != m->now[w]) {
+            print_error("at the end word %llu is %llu instead of %llu\n", (unsigned long long)w,
+                        (unsigned long long)read[w], (unsigned long long)m->now[w]);
+            fail();
+        }
+    free(read);
+}
+
+static void run_workers_co(struct model *m) {
+    const struct shape *sh = m->shape;
+    struct worker *w = calloc(sh->tasks, sizeof(*w));
+    struct disk *d = m->file->state;
+    d->before_sync_co = cut_before_sync_co;
+    d->arg = m;
+    m->busy = sh->tasks;
+    m->cuts_done = 0;
+    for (unsigned i = 0; i < sh->tasks; i++) {
+        /* Borders on odd words: two tasks share the cluster there. */
+        uint64_t low = m->words * i / sh->tasks, high = m->words * (i + 1) / sh->tasks;
+        m->running[i] = SIZE_MAX;
+        w[i] =
+            (struct worker){m, i, i ? low | 3 : 0, i + 1 < sh->tasks ? high | 3 : m->words, NULL};
+        w[i].buf = malloc(max_u64((w[i].high - w[i].low) * 8, 2 * MIB));
+        task_spawn(loop_self(), worker_main, &w[i]);
+    }
+    d->fail_one_in = sh->fail_one_in;
+    while (m->busy)
+        task_yield_co();
+    d->fail_one_in = 0;
+    for (unsigned i = 0; i < sh->tasks; i++)
+        free(w[i].buf);
+    free(w);
+}
+
+static void reopen_co(struct model *m) {
+    struct node *file = node_ref(m->file);
+    node_unref_co(m->node);
+    m->node = open_on(file, OPEN_RW | OPEN_UNMAP, m->base);
+    check(m->node, "reopened", !m->shape->fail_one_in);
+}
+
+static void run_shape(void *arg) {
+    const struct shape *sh = arg;
+    struct model m = {.shape = sh, .words = sh->size / 8};
+    m.file = make_image(sh);
+    m.base = sh->backing ? make_base(sh->size * 3 / 4 + 4096 + 8) : NULL;
+    m.node = open_on(m.file, OPEN_RW | OPEN_UNMAP, m.base);
+    m.now = calloc(m.words, 8);
+    m.durable = calloc(m.words, 8);
+    if (m.base)
+        memcpy(m.now, ((struct disk *)m.base->state)->now, m.base->size);
+    memcpy(m.durable, m.now, m.words * 8);
+
+    run_workers_co(&m);
+    if (!sh->fail_one_in)
+        reads_as_model(&m);
+    reopen_co(&m);
+    if (!sh->fail_one_in)
+        reads_as_model(&m);
+    memcpy(m.durable, m.now, m.words * 8);
+    m.flushed_ops = m.durable_at = m.ops_n;
+    run_workers_co(&m); /* over free space in pieces */
+    reopen_co(&m);
+    if (!sh->fail_one_in)
+        reads_as_model(&m);
+
+    node_unref_co(m.node);
+    node_unref_co(m.base);
+    free(m.now);
+    free(m.durable);
+    free(m.ops);
+}
+
+static unsigned rounds;
+
+static void run(struct shape sh) {
+    struct loop *loop;
+    struct err e AUTO_ERR = ERR_INIT;
+    if (loop_self()) { /* the rest of a test that failed inside its tasks */
+        print_error("not run after a failure\n");
+        exit(1);
+    }
+    for (unsigned i = 0; i < rounds; i++) {
+        print_message("# %s: STRATA_SEED=%llu\n", sh.name, (unsigned long long)rng_state);
+        assert_int_equal(loop_new(LOOP_AUTO, &loop, &e), 0);
+        loop_run(loop, run_shape, &sh);
+        loop_free(loop);
+    }
+}
+
+#define CLUSTERS(bytes, more) "\"cluster_size\": " #bytes more
+#define BITS(n) ", \"refcount_bits\": " #n
+#define V2 ", \"compat\": \"0.10\""
+
+#define SHAPE(fn, ...)                                                                             \
+    static void fn(void **state) {                                                                 \
+        run((struct shape){.name = #fn, __VA_ARGS__});                                             \
+    }
+
+SHAPE(clusters_of_512, .options = CLUSTERS(512, ""), .size = MIB, .tasks = 5, .ops = 300,
+      .cuts = 30)
+SHAPE(clusters_of_4k, .options = CLUSTERS(4096, ""), .size = 4 * MIB, .tasks = 5, .ops = 300,
+      .cuts = 30)
+SHAPE(clusters_of_64k, .options = CLUSTERS(65536, ""), .size = 8 * MIB + 512, .tasks = 5,
+      .ops = 300, .cuts = 20)
+SHAPE(clusters_of_2m, .options = CLUSTERS(2097152, ""), .size = 24 * MIB, .tasks = 3, .ops = 60,
+      .cuts = 5)
+SHAPE(counts_of_1_bit, .options = CLUSTERS(512, BITS(1)), .size = MIB, .tasks = 5, .ops = 300,
+      .cuts = 30)
+SHAPE(counts_of_2_bits, .options = CLUSTERS(4096, BITS(2)), .size = 4 * MIB, .tasks = 5, .ops = 300,
+      .cuts = 20)
+SHAPE(counts_of_8_bits, .options = CLUSTERS(4096, BITS(8)), .size = 4 * MIB, .tasks = 5, .ops = 300,
+      .cuts = 20)
+SHAPE(counts_of_64_bits, .options = CLUSTERS(512, BITS(64)), .size = 2 * MIB, .tasks = 5,
+      .ops = 300, .cuts = 30)
+SHAPE(tables_that_grow, .options = CLUSTERS(512, BITS(64)), .size = 12 * MIB, .tasks = 6,
+      .ops = 800, .cuts = 30, .longest = 16 * KIB)
+SHAPE(a_layer_below, .options = CLUSTERS(4096, ""), .size = 4 * MIB, .tasks = 5, .ops = 300,
+      .cuts = 20, .backing = true)
+SHAPE(version_2, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5, .ops = 300, .cuts = 20)
+SHAPE(version_2_and_a_layer_below, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5,
+      .ops = 300, .cuts = 20, .backing = true)
+SHAPE(thrown_away, .options = CLUSTERS(4096, ""), .size = 4 * MIB, .tasks = 5, .ops = 300,
+      .node_flags = NODE_NO_FLUSH, .backing = true)
+
+SHAPE(storage_that_fails, .options = CLUSTERS(4096, BITS(8)), .size = 4 * MIB, .tasks = 5,
+      .ops = 400, .cuts = 20, .fail_one_in = 40, .longest = 64 * KIB)
+SHAPE(storage_that_fails_while_tables_grow, .options = CLUSTERS(512, BITS(64)), .size = 12 * MIB,
+      .tasks = 6, .ops = 800, .cuts = 12, .fail_one_in = 300, .longest = 16 * KIB)
+
+int main(void) {
+    const char *seed = getenv("STRATA_SEED"), *times = getenv("STRATA_ROUNDS");
+    rng_state = seed ? strtoull(seed, NULL, 0) : (uint64_t)time(NULL) * 2654435761u + 1;
+    rounds = times ? (unsigned)atoi(times) : 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(clusters_of_512),
+        cmocka_unit_test(clusters_of_4k),
+        cmocka_unit_test(clusters_of_64k),
+        cmocka_unit_test(clusters_of_2m),
+        cmocka_unit_test(counts_of_1_bit),
+        cmocka_unit_test(counts_of_2_bits),
+        cmocka_unit_test(counts_of_8_bits),
+        cmocka_unit_test(counts_of_64_bits),
+        cmocka_unit_test(tables_that_grow),
+        cmocka_unit_test(a_layer_below),
+        cmocka_unit_test(version_2),
+        cmocka_unit_test(version_2_and_a_layer_below),
+        cmocka_unit_test(thrown_away),
+        cmocka_unit_test(storage_that_fails),
+        cmocka_unit_test(storage_that_fails_while_tables_grow),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
