@@ -384,6 +384,12 @@ static int write_command_co(struct io_session *s, const struct io_args *a, const
     struct rw *w AUTO(rw_free_p) = rw_new(s, a, name, kind);
     if (!w || (a->has['P'] && !parse_pattern(a->val['P'], &pattern)))
         return -EINVAL;
+    if (kind == RW_CODED && ((w->offset | w->length) & 511)) {
+        bool bad_offset = w->offset & 511;
+        printf("%s is not a sector-aligned value for '%s'\n", a->pos[bad_offset ? 0 : 1],
+               bad_offset ? "offset" : "count");
+        return -EINVAL;
+    }
     if (kind != RW_ZERO && !rw_buffer(w, pattern))
         return -ENOMEM;
     if (a->val['s'] && !fill_from_file(w, a->val['s']))

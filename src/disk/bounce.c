@@ -51,10 +51,10 @@ int storage_preadv_co(struct node *n, uint64_t offset, uint64_t length, const st
     return read_bounced_co(n, offset, length, iov, niov, flags);
 }
 
-/* One aligned piece [start, end) of which [from, to) is new. */
-static int write_piece_co(struct node *n, uint8_t *buf, uint64_t start, uint64_t end, uint64_t from,
-                          uint64_t to, const struct iovec *iov, int niov, uint64_t iov_off,
-                          unsigned flags) {
+/* One aligned piece [start, end) of which [from, to) is new; nothing is written behind `stop`. */
+static int write_piece_co(struct node *n, uint8_t *buf, uint64_t start, uint64_t end, uint64_t stop,
+                          uint64_t from, uint64_t to, const struct iovec *iov, int niov,
+                          uint64_t iov_off, unsigned flags) {
     uint32_t a = n->request_align;
     struct iovec v;
     int r = 0;
@@ -69,8 +69,8 @@ static int write_piece_co(struct node *n, uint8_t *buf, uint64_t start, uint64_t
     if (r)
         return r;
     iov_to_buf(iov, niov, iov_off, buf + (from - start), to - from);
-    v = (struct iovec){buf, end - start};
-    return n->drv->storage->pwritev_co(n, start, end - start, &v, 1, flags);
+    v = (struct iovec){buf, min_u64(end, stop) - start};
+    return n->drv->storage->pwritev_co(n, start, v.iov_len, &v, 1, flags);
 }
 
 static int write_bounced_co(struct node *n, uint64_t offset, uint64_t length,
@@ -82,16 +82,17 @@ static int write_bounced_co(struct node *n, uint64_t offset, uint64_t length,
         return -ENOMEM;
     struct range_req lock;
     range_lock_co(&n->locks, &lock, low, high - low, true);
-    uint64_t want = max_u64(n->size, offset + length);
+    /*
+     * A write that stays inside the storage must not make it longer by padding its last block.  To
+     * cut it afterwards would be no way: others may be writing behind it at this moment.
+     */
+    uint64_t stop = offset + length <= n->size ? n->size : UINT64_MAX;
     int r = 0;
     for (uint64_t start = low; !r && start < high; start += PIECE_BYTES) {
         uint64_t end = min_u64(start + PIECE_BYTES, high);
         uint64_t from = max_u64(start, offset), to = min_u64(end, offset + length);
-        r = write_piece_co(n, buf, start, end, from, to, iov, niov, from - offset, flags);
+        r = write_piece_co(n, buf, start, end, stop, from, to, iov, niov, from - offset, flags);
     }
-    /* The padding of the last block made the storage longer than it was or was asked to be. */
-    if (!r && n->size == high && high > want && n->drv->storage->truncate_co)
-        r = n->drv->storage->truncate_co(n, want, PREALLOC_OFF, NULL);
     range_unlock(&n->locks, &lock);
     buf_put(buf, PIECE_BYTES);
     return r;

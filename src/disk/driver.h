@@ -205,7 +205,8 @@ enum storage_kind_flags {
 struct storage_ops {
     /* All move exactly `length` bytes (short system calls are finished inside) or fail with -errno.
      * Reads past the end of the storage fill with zeros. `flags`: IO_BULK, IO_FUA (writes). Writes
-     * past the end grow the storage where the driver can. */
+     * past the end grow the storage where the driver can.  Requests are multiples of request_align,
+     * except that a write may end at an odd end of the storage. */
     int (*preadv_co)(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
                      int niov, unsigned flags);
     int (*pwritev_co)(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,

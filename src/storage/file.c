@@ -215,6 +215,12 @@ static int host_device_open_co(struct node *n, struct open_ctx *ctx, struct err 
     return r;
 }
 
+static void file_drop_plain(struct file_state *s) {
+    if (s->plain_fd)
+        close(s->plain_fd - 1);
+    s->plain_fd = 0;
+}
+
 static void file_close_co(struct node *n) {
     struct file_state *s = file_state(n);
     if (s->opened) {
@@ -224,6 +230,7 @@ static void file_close_co(struct node *n) {
         /* By hand: a worker of the kernel may hold the file for a moment after it reported the last
          * request done, and the locks would stay as long. */
         file_lock_trim(s->fd, &s->lock, 0, PERM_ALL);
+        file_drop_plain(s);
         close(s->fd);
         s->opened = false;
     }
@@ -258,8 +265,10 @@ static int file_open_again(struct node *n, unsigned new_flags, struct err *e) {
 static int file_replace_fd(struct file_state *s, int fd, struct err *e) {
     struct file_lock old = s->lock;
     file_lock_trim(s->fd, &old, 0, PERM_ALL);
-    if (dup3(fd, s->fd, O_CLOEXEC) >= 0)
+    if (dup3(fd, s->fd, O_CLOEXEC) >= 0) {
+        file_drop_plain(s);
         return 0;
+    }
     int code = errno;
     file_lock_copy(s->fd, &s->lock);
     return err_errno(e, code, "cannot take over the descriptor");
@@ -335,15 +344,15 @@ static int file_preadv_co(struct node *n, uint64_t offset, uint64_t length, cons
     return pread_rest_co(n, offset, length, iov, niov, lf, (uint64_t)r);
 }
 
-static __attribute__((noinline)) int pwrite_rest_co(struct node *n, uint64_t offset,
+static __attribute__((noinline)) int pwrite_rest_co(int fd, uint32_t align, uint64_t offset,
                                                     uint64_t length, const struct iovec *iov,
                                                     int niov, unsigned flags, uint64_t done) {
     struct iovec part[IOV_MAX_STRATA];
     while (done < length) {
         /* A short direct write may end anywhere; go on where it may begin. */
-        uint64_t from = align_down(done, n->request_align);
+        uint64_t from = align_down(done, align);
         int k = iov_slice(iov, niov, from, length - from, part);
-        ssize_t r = loop_pwritev_co(file_state(n)->fd, part, k, offset + from, flags);
+        ssize_t r = loop_pwritev_co(fd, part, k, offset + from, flags);
         if (r < 0)
             return (int)r;
         if (from + (uint64_t)r <= done)
@@ -353,24 +362,47 @@ static __attribute__((noinline)) int pwrite_rest_co(struct node *n, uint64_t off
     return 0;
 }
 
-int file_pwrite_all_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
-                       int niov, unsigned flags) {
+/*
+ * The engine cuts a direct write at an odd end of the file rather than make the file longer.  Such
+ * a piece goes through the page cache, by a descriptor of its own; direct reads see it, for the
+ * kernel writes back what they touch first.
+ */
+static int file_plain_fd(struct node *n) {
+    struct file_state *s = file_state(n);
+    if (!s->plain_fd) {
+        int fd = file_open_again(n, n->flags & ~(unsigned)NODE_DIRECT, NULL);
+        if (fd < 0)
+            return fd;
+        s->plain_fd = fd + 1;
+    }
+    return s->plain_fd - 1;
+}
+
+static int file_pwrite_all_co(struct node *n, uint64_t offset, uint64_t length,
+                              const struct iovec *iov, int niov, unsigned flags) {
     unsigned lf = (flags & IO_BULK ? LOOP_BULK : 0) |
                   (flags & IO_FUA && !(n->flags & NODE_NO_FLUSH) ? LOOP_DSYNC : 0);
-    ssize_t r = loop_pwritev_co(file_state(n)->fd, iov, niov, offset, lf);
+    int fd = file_state(n)->fd;
+    uint32_t align = n->request_align;
+    if (!is_aligned(length, align)) {
+        align = 1;
+        fd = file_plain_fd(n);
+        if (fd < 0)
+            return fd;
+    }
+    ssize_t r = loop_pwritev_co(fd, iov, niov, offset, lf);
     if (r < 0)
         return (int)r;
     if ((uint64_t)r == length)
         return 0;
-    return pwrite_rest_co(n, offset, length, iov, niov, lf, (uint64_t)r);
+    return pwrite_rest_co(fd, align, offset, length, iov, niov, lf, (uint64_t)r);
 }
 
-/* After a write that failed behind the old end: how far did it get? */
-static void file_refresh_size(struct node *n) {
+/* After a write to `end` that failed: how far behind the old end may it have got? */
+static void file_refresh_size(struct node *n, uint64_t end) {
     struct stat st;
-    if (!file_state(n)->is_block && !fstat(file_state(n)->fd, &st) &&
-        (uint64_t)st.st_size > n->size)
-        n->size = (uint64_t)st.st_size;
+    if (!file_state(n)->is_block && !fstat(file_state(n)->fd, &st))
+        n->size = max_u64(n->size, min_u64(end, (uint64_t)st.st_size));
 }
 
 static int file_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
@@ -384,7 +416,7 @@ static int file_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
     int r = file_pwrite_all_co(n, offset, length, iov, niov, flags);
     file_run_drop(n, offset, length);
     if (r)
-        file_refresh_size(n);
+        file_refresh_size(n, end);
     else if (end > n->size)
         n->size = end;
     return r;

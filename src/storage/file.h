@@ -16,6 +16,8 @@
  *     space is given back at close and before the file gets a name.
  *  3. `run` is what SEEK_DATA/SEEK_HOLE said last; every change of the file that could make it
  *     wrong drops it *after* the change (a query may come in between).
+ *  4. While requests may be in flight nothing makes the file shorter: the kernel knows ends of
+ *     writes that node->size does not have yet.  Only truncate_co (drained) and file_trim do.
  *
  * Context: tasks of the node's loop.
  */
@@ -44,8 +46,9 @@ struct file_opts {
 enum run_kind { RUN_NONE, RUN_DATA, RUN_HOLE };
 
 struct file_state {
-    bool opened; /* fd is valid; a zeroed state is a closed one */
-    int fd;      /* keeps its number over a reopen */
+    bool opened;  /* fd is valid; a zeroed state is a closed one */
+    int fd;       /* keeps its number over a reopen */
+    int plain_fd; /* + 1; without O_DIRECT, for the odd end of the file; 0: not open */
     bool is_block;
     bool unnamed;    /* made by us and not yet linked */
     char *temp_path; /* its hidden name where the file system has no unnamed files; owned */
@@ -84,8 +87,6 @@ int file_open_path(const char *path, int flags, struct stat *st, struct err *e);
 int file_take_locks(struct node *n, struct err *e);
 /* Sets size, alignment and flags of the node from its open descriptor. */
 int file_adopt(struct node *n, const struct stat *st, struct err *e);
-int file_pwrite_all_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
-                       int niov, unsigned flags);
 int file_flush_co(struct node *n);
 
 /* ---- file_space.c ---- */
@@ -99,8 +100,8 @@ int file_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uin
 /* Before a write that ends behind the end of the file: -ENOSPC beyond the limit; allocates ahead.
  */
 int file_grow_co(struct node *n, uint64_t offset, uint64_t end);
-/* Gives back what was allocated ahead. */
-void file_trim(struct node *n);
+/* Gives back what was allocated ahead; nothing may be in flight. */
+int file_trim(struct node *n);
 /* [offset, offset + length) has changed. */
 void file_run_drop(struct node *n, uint64_t offset, uint64_t length);
 

@@ -42,7 +42,6 @@ static char *path_folder(const char *path) {
     return xstrndup(path, slash == path ? 1 : (size_t)(slash - path));
 }
 
-
 /* Follows the symbolic links of the last component, dangling ones too.  *out is owned. */
 static int path_resolve(const char *path, char **out, struct err *e) {
     if (!*path)
@@ -294,7 +293,8 @@ int file_link_co(struct node *n, const char *name, bool replace, struct err *e) 
 
     bool exists = replace && !access(path, F_OK);
     struct sync_work w = {.fd = s->fd};
-    file_trim(n);
+    if ((r = file_trim(n)) < 0)
+        return err_errno(e, -r, "cannot give back space allocated ahead");
     if (exists)
         inherit_mode(s, path);
     if (!(n->flags & NODE_NO_FLUSH)) {

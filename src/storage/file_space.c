@@ -115,15 +115,16 @@ int file_grow_co(struct node *n, uint64_t offset, uint64_t end) {
     return 0;
 }
 
-void file_trim(struct node *n) {
+int file_trim(struct node *n) {
     struct file_state *s = file_state(n);
     struct stat st;
-    if (!s->ahead_used || fstat(s->fd, &st))
-        return;
-    if (ftruncate(s->fd, s->unnamed ? (off_t)n->size : st.st_size))
-        return; /* the space comes back with the next truncate: not worth failing for */
+    if (!s->ahead_used)
+        return 0;
+    if (fstat(s->fd, &st) || ftruncate(s->fd, s->unnamed ? (off_t)n->size : st.st_size))
+        return -errno;
     s->ahead_used = false;
     s->ahead_end = s->ahead_step = s->appended = s->append_end = 0;
+    return 0;
 }
 
 /* ---------------------------------------------------------- zero, discard */
@@ -178,17 +179,19 @@ static int truncate_work(void *arg) {
     return r < 0 ? -errno : 0;
 }
 
-/* Growth by a hole; short enough to do at once. */
-static int grow_sparse(struct node *n, uint64_t end) {
+/*
+ * Growth by a hole while writes may be in flight, whose ends only the kernel knows yet: ftruncate
+ * could cut them off.  Allocating the last byte never makes a file shorter.
+ */
+static int grow_sparse_co(struct node *n, uint64_t end) {
     struct file_state *s = file_state(n);
-    struct truncate_work w = {.fd = s->fd, .size = end};
-    if (s->size_limit && end > s->size_limit)
-        return -ENOSPC;
     if (s->is_block)
         return -ENOSPC;
-    int r = truncate_work(&w);
+    int r = loop_fallocate_co(s->fd, 0, end - 1, 1);
+    if (unsupported(r))
+        return -ENOTSUP;
     if (!r)
-        n->size = end;
+        n->size = max_u64(n->size, end);
     return r;
 }
 
@@ -203,9 +206,8 @@ int file_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero
         if (r == -ENOTSUP)
             r = zero_range_co(n, offset, inside);
     }
-    /* Asked again: the file may have grown while we waited, and must not shrink. */
-    if (!r && end > n->size)
-        r = grow_sparse(n, end);
+    if (!r && end > n->size) /* it may have grown while we waited */
+        r = grow_sparse_co(n, end);
     file_run_drop(n, offset, length);
     if (!r && (zero_flags & ZERO_FUA))
         r = file_flush_co(n);

@@ -90,6 +90,35 @@ def test_answers_as_qemu_io(run, peer, disk, command):
     assert ours.returncode == theirs.returncode
 
 
+SAME_ON_QCOW2 = [
+    ["write -P 1 64k 64k", "map", "alloc 0 1M", "read -P 1 64k 64k"],
+    ["write -c -P 5 3M 64k", "read -P 5 3M 64k", "alloc 3M 64k"],
+    ["write -c -P 5 3M 100", "write -c 512 64k", "write -c 100 64k"],
+    ["write -P 9 100 5M", "write -z -u 1M 2M", "read -P 0 1M 2M", "map"],
+    ["write 0 1M", "discard 64k 128k", "read -P 0 64k 128k", "length"],
+    ["truncate 20M", "length", "write -P 3 11M 300k", "map"],
+    ["aio_write -P 3 1M 300k", "aio_flush", "read -P 3 1M 300k"],
+]
+
+
+@pytest.mark.parametrize("commands", SAME_ON_QCOW2, ids=lambda c: c[0])
+def test_answers_as_qemu_io_on_qcow2(run, peer, tmp_path, commands):
+    out = []
+    for call in (lambda *a: peer("qemu-io", "-d", "unmap", *a, status=None),
+                 lambda *a: run("io", *a, status=None)):
+        image = tmp_path / f"{len(out)}.qcow2"
+        peer("qemu-img", "create", "-f", "qcow2", image, "10M")
+        out.append(call(*[x for c in commands for x in ("-c", c)], image))
+        peer("qemu-img", "check", image)
+    assert plain(out[1].stdout) == plain(out[0].stdout)
+    assert out[1].returncode == out[0].returncode
+
+
+def test_snapshot_is_thrown_away(run, disk):
+    run("io", "-s", "-c", "write -P 1 0 1M", "-c", "read -P 1 0 1M", disk)
+    assert not any(disk.read_bytes())
+
+
 def test_what_is_written_is_in_the_file(io, disk):
     io("write -P 0x61 5 3", "writev -P 0x62 4k 1 2", "aio_write -P 0x63 8k 4", "aio_flush")
     data = disk.read_bytes()

@@ -322,6 +322,30 @@ static void zero_behind_the_end_grows_sparsely(void *arg) {
     drop(n);
 }
 
+static void bulk_write_task(void *arg) {
+    static char b[65536];
+    struct node *n = arg;
+    struct iovec v = {b, sizeof(b)};
+    memset(b, 7, sizeof(b));
+    assert_int_equal(driver_file.storage->pwritev_co(n, MIB, sizeof(b), &v, 1, IO_BULK), 0);
+}
+
+static void zero_behind_the_end_never_cuts_a_write_in_flight(void *arg) {
+    static uint8_t b[65536];
+    struct node *n = must_create(in_dir("f"), 0, 0);
+    struct task_group g;
+    task_group_init(&g);
+    task_group_spawn(&g, loop, bulk_write_task, n);
+    task_yield_co();
+    usleep(50000); /* the worker has written; this loop has not heard of it */
+    assert_int_equal(file_zero_co(n, 0, MIB / 2, ZERO_MAY_UNMAP), 0);
+    task_group_wait_co(&g);
+    assert_int_equal(n->size, MIB + sizeof(b));
+    assert_int_equal(get(n, MIB, b, sizeof(b)), 0);
+    assert_true(all_bytes(b, sizeof(b), 7));
+    drop(n);
+}
+
 static void discard_never_changes_the_size(void *arg) {
     struct node *n = must_create(in_dir("f"), 0, 0);
     put_fill(n, 0, 7, MIB);
@@ -789,6 +813,7 @@ static void run(void **state) {
     X(zero_with_unmap_gives_space_back)                                                            \
     X(zero_without_unmap_keeps_space)                                                              \
     X(zero_behind_the_end_grows_sparsely)                                                          \
+    X(zero_behind_the_end_never_cuts_a_write_in_flight)                                            \
     X(discard_never_changes_the_size)                                                              \
     X(extents_tell_data_from_holes)                                                                \
     X(extents_see_a_write_into_a_remembered_hole)                                                  \
