@@ -61,17 +61,21 @@ struct node *node_ref(struct node *n) {
 }
 
 void node_unref_co(struct node *n) {
-    if (!n)
-        return;
-    assert(n->refs > 0);
-    if (n->refs > 1) {
-        n->refs--;
-        return;
+    /* A loop down the chain: it may be longer than a stack is deep. */
+    while (n) {
+        assert(n->refs > 0);
+        if (n->refs > 1) {
+            n->refs--;
+            return;
+        }
+        if (node_is_rw(n))
+            disk_flush_co(n); /* whoever must know the outcome has flushed before */
+        n->refs = 0;
+        struct node *below = n->backing;
+        n->backing = NULL;
+        node_destroy_co(n);
+        n = below;
     }
-    if (node_is_rw(n))
-        disk_flush_co(n); /* whoever must know the outcome has flushed before */
-    n->refs = 0;
-    node_destroy_co(n);
 }
 
 void node_enter_co(struct node *n) {

@@ -23,6 +23,7 @@
 #include "base/err.h"
 #include "base/strbuf.h"
 #include "disk/engine.h"
+#include "runtime/task.h"
 
 struct open_ctx {
     const struct open_ctx *parent; /* whose child is being opened; NULL at the root */
@@ -436,6 +437,41 @@ static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct no
     return 0;
 }
 
+/*
+ * Opening recurses once a layer, about 600 bytes of stack each: after OPEN_HOP layers the rest of
+ * the chain is opened by a task of its own, on a fresh stack, while this one waits.
+ */
+enum { OPEN_HOP = 32 };
+
+struct open_hop {
+    const json_t *tree;
+    const struct open_ctx *ctx;
+    const struct node_want *want;
+    struct node **out;
+    struct err *e;
+    struct task *waiter;
+    int r;
+    bool done;
+};
+
+static void open_hop_task(void *arg) {
+    struct open_hop *h = arg;
+    h->r = open_tree_co(h->tree, h->ctx, h->ctx->req, h->want, NULL, h->out, h->e);
+    h->done = true;
+    task_wake(h->waiter);
+}
+
+static int open_layer_co(const json_t *tree, const struct open_ctx *ctx,
+                         const struct node_want *want, struct node **out, struct err *e) {
+    if (ctx->depth % OPEN_HOP != OPEN_HOP - 1)
+        return open_tree_co(tree, ctx, ctx->req, want, NULL, out, e);
+    struct open_hop h = {tree, ctx, want, out, e, task_self(), 0, false};
+    task_spawn(loop_self(), open_hop_task, &h);
+    while (!h.done)
+        task_park_co();
+    return h.r;
+}
+
 int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     const json_t *user = json_object_get(ctx->tree, "backing");
     if (ctx->req->flags & OPEN_NO_BACKING || json_is_null(user) ||
@@ -455,12 +491,14 @@ int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (!r && tree && user && !says_where)
         json_object_update_recursive(tree, (json_t *)user);
     if (!r && tree)
-        r = open_tree_co(tree, ctx, ctx->req, &want, NULL, &n->backing, &why);
+        r = open_layer_co(tree, ctx, &want, &n->backing, &why);
     if (r < 0 && why.code) {
         AUTO_STRBUF struct strbuf b = STRBUF_INIT;
         strbuf_put_safe(&b, n->backing_name ? n->backing_name : "given by option",
                         strlen(n->backing_name ? n->backing_name : "given by option"));
-        err_prefix(&why, "backing file '%s'", b.s);
+        /* Of a long chain the two uppermost layers and the one that failed are named. */
+        if (ctx->depth < 2 || strncmp(err_text(&why), "backing file '", 14))
+            err_prefix(&why, "backing file '%s'", b.s);
         if (e)
             err_move(e, &why);
     }

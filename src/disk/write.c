@@ -76,7 +76,7 @@ static int placement_write_co(struct node *n, const struct placement *p, const s
             all[count++] = (struct iovec){tail.buf, tail.length};
             length += tail.length;
         }
-        r = disk_pwritev_co(p->storage, start, length, all, count, flags & IO_BULK);
+        r = disk_pwritev_co(p->storage, start, length, all, count, flags & (IO_BULK | IO_FUA));
     }
     buf_put(head.buf, head.length);
     buf_put(tail.buf, tail.length);
@@ -147,23 +147,25 @@ static uint64_t units_end(const struct node *n, uint64_t end) {
 
 static int format_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
                              const struct iovec *iov, int niov, unsigned flags) {
+    /* Where the format keeps metadata, even a mapping that is already there may not be stable yet:
+     * then only a flush makes the write so. */
+    bool flush = flags & IO_FUA && n->drv->format->flush_co;
     uint64_t done = 0;
     struct range_req lock;
+    if (flush)
+        flags &= ~IO_FUA;
     range_lock_co(&n->locks, &lock, offset, length, false);
     int r = write_in_place_co(n, offset, length, iov, niov, flags, &done);
     range_unlock(&n->locks, &lock);
-    if (r < 0 || done == length)
-        return r;
-
-    uint64_t low = align_down(offset + done, n->granularity);
-    range_lock_co(&n->locks, &lock, low, units_end(n, offset + length) - low, true);
-    struct iovec rest[IOV_MAX_STRATA];
-    int k = iov_slice(iov, niov, done, length - done, rest);
-    r = write_locked_co(n, offset + done, length - done, rest, k, flags & ~IO_FUA);
-    range_unlock(&n->locks, &lock);
-    if (!r && flags & IO_FUA)
-        r = disk_flush_co(n); /* the mapping must be stable too, and with it whatever it needs */
-    return r;
+    if (!r && done < length) {
+        uint64_t low = align_down(offset + done, n->granularity);
+        range_lock_co(&n->locks, &lock, low, units_end(n, offset + length) - low, true);
+        struct iovec rest[IOV_MAX_STRATA];
+        int k = iov_slice(iov, niov, done, length - done, rest);
+        r = write_locked_co(n, offset + done, length - done, rest, k, flags);
+        range_unlock(&n->locks, &lock);
+    }
+    return !r && flush ? disk_flush_co(n) : r;
 }
 
 static bool detects_zeroes(const struct node *n, unsigned flags) {

@@ -104,6 +104,19 @@ def test_a_chain_that_comes_back_is_refused(run, qcow2):
     assert info(run, path)["backing-filename"] == "b.qcow2"
 
 
+def test_a_chain_may_be_256_images_long_and_no_longer(run, tmp_path):
+    """Each layer costs stack while it is opened and closed."""
+    run("create", "-q", "-f", "qcow2", "0", "1M", cwd=tmp_path)
+    for i in range(1, 257):
+        run("create", "-q", "-f", "qcow2", "-u", "-b", i - 1, "-F", "qcow2", i, "1M", cwd=tmp_path)
+    assert len(info(run, "--backing-chain", "255", cwd=tmp_path)) == 256
+    runs = json.loads(run("map", "--output=json", "255", cwd=tmp_path).stdout)
+    assert [r["depth"] for r in runs] == [255]
+    for verb in ("map", "info"):
+        p = run(verb, "--backing-chain" if verb == "info" else "-U", "256", cwd=tmp_path, status=1)
+        assert "the backing chain is longer than 256 images" in p.stderr
+
+
 # ---- damaged headers: (offset, bytes)
 
 LIES = {

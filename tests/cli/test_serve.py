@@ -153,6 +153,17 @@ def test_a_client_that_only_looks_does_not_end_it(serve):
             c.go()
 
 
+def test_ends_when_a_half_handshake_outlives_the_last_client(serve):
+    with serve() as s:
+        with Client(s.path) as c, Client(s.path, greet=False) as half:
+            half.read(18)
+            c.go()
+            c.close()
+            time.sleep(0.1)
+            assert s.proc.poll() is None
+        assert s.wait() == 0
+
+
 def test_persistent_goes_on(serve, sock):
     with serve("-t") as s:
         for _ in range(3):

@@ -309,11 +309,11 @@ def test_qemu_img_map_matches_the_file(serve, peer):
         (17 * MIB, 15 * MIB, True)]
 
 
-def test_fio_verifies_what_it_wrote(serve, peer):
+def test_fio_verifies_what_it_wrote(serve, peer, tmp_path):
     with serve("-t") as s:
         peer("fio", "--name=j", "--ioengine=nbd", f"--uri={s.uri}", "--rw=randrw", "--bsrange=512-64k",
-             "--size=16M", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1",
-             "--verify_state_save=0", "--randseed=3")
+             "--size=16M", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
+             "--randseed=3", cwd=tmp_path)
 
 
 # ---------------------------------------------------------------- modes of the server

@@ -377,6 +377,26 @@ static void unaligned_requests_reach_direct_storage_aligned(void *arg) {
     node_unref_co(n);
 }
 
+static int grid_flush_co(struct node *n) {
+    return disk_flush_co(n->file);
+}
+
+static void fua_on_a_known_place_flushes_the_format_too(void *arg) {
+    struct node *n = grid_new(DISK, NULL);
+    struct driver with_flush = driver_grid;
+    struct format_ops ops = grid_ops;
+    struct iovec v = {"x", 1};
+    ops.flush_co = grid_flush_co;
+    with_flush.format = &ops;
+    n->drv = &with_flush;
+    put(n, 0, "data");
+    unsigned before = RAM(n)->flushes;
+    assert_int_equal(disk_pwritev_co(n, 1, 1, &v, 1, IO_FUA), 0); /* mapping not yet stable */
+    assert_int_equal(RAM(n)->flushes, before + 1);
+    n->drv = &driver_grid;
+    node_unref_co(n);
+}
+
 static void quiesce_waits_for_requests_and_holds_new_ones(void *arg) {
     struct node *n = grid_new(DISK, NULL);
     struct half h = {n, 0, "late"};
@@ -417,6 +437,7 @@ int main(void) {
         SCENE(two_writers_of_one_unit_both_survive),
         SCENE(a_chain_of_a_hundred_layers_reads_and_tells_its_depth),
         SCENE(unaligned_requests_reach_direct_storage_aligned),
+        SCENE(fua_on_a_known_place_flushes_the_format_too),
         SCENE(quiesce_waits_for_requests_and_holds_new_ones),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

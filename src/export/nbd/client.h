@@ -40,8 +40,8 @@
 #define REQS_MAX 128
 /* Request tasks of all connections: bounds stacks (64 KiB each) to 64 MiB of address space. */
 #define SERVER_TASKS_MAX 1024
-/* Payload of one connection in buffers: two requests of the largest size. */
-#define PAYLOAD_BUDGET (2L * NBD_PAYLOAD_MAX)
+/* Payload of one connection in buffers: one request of the largest size, or many usual ones. */
+#define PAYLOAD_BUDGET ((long)NBD_PAYLOAD_MAX)
 /* Up to here a payload lies in the request's own slot, its reply header right in front of it. */
 #define SLOT_BYTES (16u * 1024)
 #define SLOT_HEAD 4096u /* a page, so that data stays page-aligned for O_DIRECT */
@@ -76,7 +76,6 @@ struct nbd_client {
 
     /* handshake results */
     bool no_zeroes, structured, allocation; /* allocation: base:allocation was selected */
-    bool negotiated;
 
     /* receiver */
     uint8_t *rx; /* RX_BYTES */
@@ -86,7 +85,8 @@ struct nbd_client {
     bool closing; /* no further request is read */
     struct list free_reqs;
     struct waitq req_freed;
-    long budget; /* payload bytes still free */
+    long budget;        /* payload bytes still free */
+    unsigned turn_work; /* since the receiver last gave way, see session.c */
 
     unsigned tasks; /* running request tasks */
 
@@ -115,7 +115,7 @@ struct nbd_server {
     struct list clients;
     struct list listeners;
     unsigned nclients, nlisteners, next_id;
-    bool stopping, grace_over;
+    bool stopping, grace_over, served; /* served: a client has got through the handshake */
     struct task *grace_task;
     bool grace_running;
     struct waitq changed; /* a client or an acceptor has ended */

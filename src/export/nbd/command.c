@@ -21,6 +21,8 @@
 
 #define HOLES_FROM (64u * 1024)
 #define CHUNKS_MAX 16
+/* Copies of this size are moved on a worker thread, so that other clients are not held up. */
+#define BULK_FROM (1u << 20)
 /* Extents of one block status reply, and map questions asked for it: bounds work and memory. */
 #define EXTENTS_MAX 1024
 #define STATUS_CALLS_MAX 2048
@@ -90,7 +92,8 @@ static void read_whole_co(struct nbd_req *r) {
     int n = nbd_req_payload(r, r->inline_iov + 1);
     struct iovec iov[BUFS_MAX];
     memcpy(iov, r->inline_iov + 1, (size_t)n * sizeof(*iov));
-    int rc = disk_preadv_co(c->s->node, r->cmd.offset, r->cmd.length, iov, n, 0);
+    int rc = disk_preadv_co(c->s->node, r->cmd.offset, r->cmd.length, iov, n,
+                            r->cmd.length >= BULK_FROM ? IO_BULK : 0);
     if (rc < 0) {
         nbd_command_fail(r, rc, NULL);
         return;
@@ -173,7 +176,8 @@ static void read_chunked_co(struct nbd_req *r, const struct run *runs, int nruns
         int n = payload_slice(r, runs[i].offset, runs[i].length, part);
         memcpy(k->iov + niov, part, (size_t)n * sizeof(*part));
         niov += n;
-        int rc = disk_preadv_co(c->s->node, offset, runs[i].length, part, n, 0);
+        int rc = disk_preadv_co(c->s->node, offset, runs[i].length, part, n,
+                                runs[i].length >= BULK_FROM ? IO_BULK : 0);
         if (rc < 0) {
             nbd_command_fail(r, rc, NULL);
             return;
@@ -222,8 +226,10 @@ static int write_co(struct nbd_req *r) {
         return 0;
     struct iovec iov[BUFS_MAX];
     int n = nbd_req_payload(r, iov);
-    return disk_pwritev_co(r->c->s->node, r->cmd.offset, r->cmd.length, iov, n,
-                           r->cmd.flags & NBD_CMD_FLAG_FUA ? IO_FUA : 0);
+    unsigned flags = r->cmd.flags & NBD_CMD_FLAG_FUA ? IO_FUA : 0;
+    if (r->cmd.length >= BULK_FROM)
+        flags |= IO_BULK;
+    return disk_pwritev_co(r->c->s->node, r->cmd.offset, r->cmd.length, iov, n, flags);
 }
 
 static int write_zeroes_co(struct nbd_req *r) {

@@ -52,14 +52,13 @@ void nbd_log(struct nbd_client *c, const char *fmt, ...) {
 
 static void client_free(struct nbd_client *c) {
     struct nbd_server *s = c->s;
-    bool last = c->negotiated && s->nclients == 1;
     list_remove(&c->link);
     close(c->fd);
     free(c->rx);
     free(c);
     s->nclients--;
     waitq_wake_all(&s->changed);
-    if (last && !s->stopping && s->on_idle)
+    if (s->nclients == 0 && s->served && !s->stopping && s->on_idle)
         s->on_idle(s->arg);
 }
 
@@ -68,7 +67,7 @@ static void client_task(void *arg) {
     nbd_log(c, "connected");
     int rc = nbd_handshake_co(c);
     if (rc == 0) {
-        c->negotiated = true;
+        c->s->served = true;
         rc = nbd_session_co(c);
     }
     nbd_log(c, rc < 0 && rc != -ECONNABORTED ? "lost" : "left");

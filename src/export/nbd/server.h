@@ -28,8 +28,8 @@ struct nbd_server_opts {
     unsigned max_clients;         /* 0: 100 */
     int64_t handshake_timeout_ns; /* 0: 10 s */
     /*
-     * Called on the loop's thread (must not suspend) when the last client has left that had got
-     * through the handshake; one that only looked, or failed, does not count.
+     * Called on the loop's thread (must not suspend) when no client is left and at least one had
+     * got through the handshake; those that only looked, or failed, do not count.
      */
     void (*on_idle)(void *arg);
     void *arg;

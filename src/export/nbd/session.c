@@ -12,7 +12,8 @@
  * that hardly anything is copied.
  *
  * Fairness: a client that never lets its socket run empty would keep the loop for itself, since
- * nothing here suspends then; so the receiver yields every YIELD_BATCHES gulps.
+ * nothing here suspends then; so the receiver yields after TURN_WORK units of work (a request is
+ * one, and one more for each 64 KiB of it).
  */
 #include "export/nbd/client.h"
 
@@ -25,7 +26,7 @@
 
 #define RX_SMALL 1024u            /* gulp while large writes come */
 #define DIRECT_BYTES (32u * 1024) /* payloads from here on count as large */
-#define YIELD_BATCHES 8
+#define TURN_WORK 256
 /* Payload of a refused write is read and thrown away up to here; beyond, the client is lost. */
 #define DRAIN_MAX (2u * NBD_PAYLOAD_MAX)
 
@@ -275,6 +276,7 @@ static int one_request_co(struct nbd_client *c) {
     struct nbd_req *r = req_get_co(c);
     r->cmd = cmd;
     r->message = NULL;
+    c->turn_work += 1 + (cmd.type <= NBD_CMD_WRITE ? cmd.length >> 16 : 0);
     if (cmd.type == NBD_CMD_WRITE) {
         int error;
         rc = write_payload_co(c, r, &error);
@@ -303,9 +305,9 @@ int nbd_session_co(struct nbd_client *c) {
     c->budget = PAYLOAD_BUDGET;
     c->rx_want = RX_BYTES;
     c->corked = true;
-    unsigned batches = 0;
     while (rc == 0) {
-        if (c->rx_end - c->rx_pos < NBD_REQUEST_BYTES && ++batches % YIELD_BATCHES == 0) {
+        if (c->turn_work >= TURN_WORK) {
+            c->turn_work = 0;
             uncork(c);
             task_yield_co();
             c->corked = true;
