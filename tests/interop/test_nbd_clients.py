@@ -130,10 +130,11 @@ def test_nbdcopy_to_the_server(strata, peer, tmp_path, disk, fmt, connections):
 
 # ---------------------------------------------------------------- libnbd by hand
 
-def test_reads_and_writes_of_any_alignment(serve, handle, tmp_path):
+@pytest.mark.parametrize("cache", ["writeback", "none", "directsync"])
+def test_reads_and_writes_of_any_alignment(serve, handle, tmp_path, cache):
     model = bytearray(open(tmp_path / "content.raw", "rb").read())
     rng = random.Random(7)
-    with serve("-t") as s:
+    with serve("-t", "--cache", cache) as s:
         h = handle(s.uri)
         for _ in range(400):
             at = rng.randrange(SIZE - 1)
