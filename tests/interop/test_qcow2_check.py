@@ -137,6 +137,37 @@ def test_preallocated(run, peer, tmp_path):
             assert assert_same(run, peer, tmp_path / "a") == CLEAN
 
 
+def test_last_cluster_may_be_cut_short(run, peer, tmp_path):
+    """What lies behind the end of the file reads as zeros; a whole cluster must not."""
+    q = make(peer, tmp_path / "a", "write -P 1 0 1M", size="1M", cluster_size=65536)
+    end = os.stat(tmp_path / "a").st_size
+    assert end % q.cluster == 0
+    for cut, status in ((512, CLEAN), (q.cluster - 512, CLEAN), (q.cluster, CORRUPT)):
+        os.truncate(tmp_path / "a", end - cut)
+        assert ours(run, tmp_path / "a")[0] == theirs(peer, tmp_path / "a")[0] == status
+
+
+def test_l2_table_may_be_cut_short(run, peer, tmp_path):
+    make(peer, tmp_path / "a", "write -z 0 64k", size="1M", cluster_size=65536)
+    end = os.stat(tmp_path / "a").st_size
+    for cut, status in ((512, CLEAN), (65536 - 512, CLEAN), (65536, CORRUPT)):
+        os.truncate(tmp_path / "a", end - cut)
+        assert ours(run, tmp_path / "a")[0] == theirs(peer, tmp_path / "a")[0] == status
+
+
+def test_fragments_are_counted_within_a_table(run, peer, tmp_path):
+    """L2 tables side by side in the file; the data of each begins anywhere."""
+    run("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata,cluster_size=4096",
+        tmp_path / "a", "16M")
+    q = Qcow2(tmp_path / "a")
+    for a, b in ((512, 100), (1024, 1300), (2000, 2001)):
+        x, y = q.l2(a), q.l2(b)
+        q.set_l2(a, y)
+        q.set_l2(b, x)
+    assert assert_same(run, peer, tmp_path / "a") == CLEAN
+    assert theirs(peer, tmp_path / "a")[1]["fragmented-clusters"] > 5
+
+
 # ---------------------------------------------------------------- damage, same verdict
 
 DAMAGED = {}
@@ -429,6 +460,20 @@ def test_data_over_the_l1_table_with_matching_counts(run, peer, tmp_path, patien
     status, _, text = ours(run, tmp_path / "a")
     assert status == CORRUPT
     assert f"its cluster at offset {q.l1_offset} overlaps other metadata" in text
+
+
+def test_data_over_a_snapshots_l2_table_with_matching_counts(run, peer, tmp_path):
+    q = make(peer, tmp_path / "a", "write -P 1 0 1M")
+    peer("qemu-img", "snapshot", "-c", "s", tmp_path / "a")
+    old = q.l1(0) & OFFSET
+    peer("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 4k", tmp_path / "a")
+    assert q.l1(0) & OFFSET != old, "the active table is a copy now"
+    q.set_l2(0, old)
+    q.set_refcount(old >> q.cluster_bits, 2)
+    assert ours(run, tmp_path / "a")[1]["leaks"] == 1, "the cluster that was named before"
+    status, _, text = ours(run, tmp_path / "a")
+    assert status == CORRUPT
+    assert f"its cluster at offset {old} overlaps an L2 table" in text
 
 
 def test_zero_flag_in_version_2(run, peer, tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """qcow2 images that strata creates, in the eyes of qemu-img: accepted, and laid out alike."""
+import filecmp
 import json
 import os
 import resource
@@ -63,6 +64,16 @@ def test_default_image_has_the_length_of_qemu_imgs(run, peer, tmp_path, size):
     assert os.stat(tmp_path / "ours").st_size == os.stat(tmp_path / "theirs").st_size
     assert info(peer, tmp_path / "ours") == info(peer, tmp_path / "theirs")
     assert_clean(peer, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 8192, 65536, 2097152])
+def test_every_byte_is_qemu_imgs(run, peer, tmp_path, cluster_size):
+    """Feature names, extensions and tables too."""
+    for options in (dict(), dict(compat="0.10"),
+                    dict(compression_type="zstd", lazy_refcounts="on")):
+        create(run, tmp_path / "ours", "50M", cluster_size=cluster_size, **options)
+        peer_create(peer, tmp_path / "theirs", "50M", cluster_size=cluster_size, **options)
+        assert filecmp.cmp(tmp_path / "ours", tmp_path / "theirs", shallow=False), options
 
 
 def test_default_image_of_100_mib_is_196616_bytes(run, tmp_path):
