@@ -289,7 +289,7 @@ static void a_kept_unit_is_dropped_when_the_map_changes(void *arg) {
 static void reads_of_coded_units_below_stop_at_data_above(void *arg) {
     struct node *base = grid_new(DISK, NULL), *n;
     for (int i = 0; i < 4; i++)
-        assert_int_equal(disk_write_coded_co(base, i * UNIT, "abcd" + i, 1), 0);
+        assert_int_equal(disk_write_coded_co(base, i * UNIT, &"abcd"[i], 1), 0);
     base->flags &= ~NODE_RW;
     n = grid_new(DISK, base);
     put(n, 32, "0123456789ABCDEF");
