@@ -68,6 +68,28 @@ def small(tmp_path):
 
 # ------------------------------------------------------------ content, both ways
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_disks_through_chains_of_formats(run, peer, tmp_path, seed):
+    rnd = random.Random(seed)
+    a = make_raw(tmp_path / "a", rnd.randrange(1, 12 * MIB), seed=1000 + seed)
+    last, fmt = a, "raw"
+    for step in range(3):
+        nxt = tmp_path / f"s{step}"
+        to = rnd.choice(["raw", "qcow2"])
+        args = ["-S", rnd.choice(["0", "512", "4k", "64k", "1M"]), "-m", str(rnd.randint(1, 16))]
+        if to == "qcow2":
+            args += ["-o", f"cluster_size={1 << rnd.randint(9, 21)}"]
+            args += rnd.choice([[], ["-c"], ["-c", "-o", "compression_type=zstd"], ["-W"]])
+        args += rnd.choice([[], ["-t", "writeback"], ["-T", "none"]])
+        run("convert", "-f", fmt, "-O", to, *args, last, nxt)
+        if to == "qcow2":
+            check(peer, nxt)
+        last, fmt = nxt, to
+    want = raw_bytes(a)
+    got = read_back(peer, last, fmt, tmp_path)
+    assert got[:len(want)] == want and not any(got[len(want):]), f"seed {seed}"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_raw_to_raw_keeps_every_byte_and_the_exact_size(run, tmp_path, size):
     a = make_raw(tmp_path / "a", size)
@@ -413,6 +435,57 @@ def test_rate_limit(run, tmp_path):
     t = time.monotonic()
     run("convert", "-r", "16M", "-f", "raw", a, tmp_path / "b")
     assert time.monotonic() - t > 0.4
+
+
+def damage_compressed(path, cluster):
+    """Breaks the code of one compressed cluster of a qcow2 image with one L2 table."""
+    data = path.read_bytes()
+    l1 = int.from_bytes(data[40:48], "big")
+    l2 = int.from_bytes(data[l1:l1 + 8], "big") & 0x00fffffffffffe00
+    entry = int.from_bytes(data[l2 + cluster * 8:l2 + cluster * 8 + 8], "big")
+    assert entry >> 62 == 1
+    host = entry & ((1 << (62 - 8)) - 1)
+    with open(path, "r+b") as f:
+        f.seek(host)
+        f.write(b"\xff" * 64)
+
+
+def test_unreadable_data_ends_the_copy_or_is_salvaged(run, peer, tmp_path):
+    a = make_raw(tmp_path / "a", 8 * MIB, dense=True)
+    peer("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", a, tmp_path / "q")
+    damage_compressed(tmp_path / "q", 37)
+    p = run("convert", "-O", "raw", tmp_path / "q", tmp_path / "b", status=1)
+    assert "reading" in p.stderr and "Input/output error" in p.stderr
+    assert not (tmp_path / "b").exists()
+    p = run("convert", "--salvage", "-O", "raw", tmp_path / "q", tmp_path / "b")
+    assert f"65536 bytes at offset {37 * 65536}" in p.stderr and p.stderr.count("\n") == 1
+    want = bytearray(raw_bytes(a))
+    want[37 * 65536:38 * 65536] = bytes(65536)
+    assert raw_bytes(tmp_path / "b") == want
+    p = run("convert", "-q", "--salvage", "-O", "raw", tmp_path / "q", tmp_path / "b")
+    assert p.stderr == ""
+
+
+def test_a_source_that_others_write_needs_force_share(run, tmp_path):
+    a = make_raw(tmp_path / "a", MIB, dense=True)
+    q = subprocess.Popen(["qemu-io", "-f", "raw", a], stdin=subprocess.PIPE,
+                         stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(0.5)
+        # A raw disk is shared by those who write it; a qcow2 image never is.
+        run("convert", "-U", "-f", "raw", a, tmp_path / "b")
+        assert raw_bytes(tmp_path / "b") == raw_bytes(a)
+    finally:
+        q.stdin.close()
+        q.wait()
+
+
+def test_target_is_zero_skips_zeros(run, tmp_path):
+    a = make_raw(tmp_path / "a", 4 * MIB)
+    with open(tmp_path / "b", "wb") as f:
+        f.truncate(4 * MIB)
+    run("convert", "-n", "--target-is-zero", "-f", "raw", a, tmp_path / "b")
+    assert raw_bytes(tmp_path / "b") == raw_bytes(a)
 
 
 @pytest.mark.parametrize("fmt, extra", [("qcow2", []), ("raw", []), ("qcow2", ["-c"])])
