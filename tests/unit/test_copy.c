@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/bytes.h"
+#include "base/ck.h"
 #include "base/err.h"
 #include "disk/engine.h"
 #include "job/compare.h"
@@ -25,6 +26,7 @@ struct probe_state {
     uint8_t *bytes;
     uint64_t fail_from, fail_to; /* reads that touch this fail with EIO */
     uint64_t wfail_from;         /* writes at or behind this fail with ENOSPC; 0: none */
+    bool uneven;                 /* some reads take longer than others */
     unsigned notes;
     struct {
         uint64_t offset, length;
@@ -36,6 +38,8 @@ static int probe_preadv_co(struct node *n, uint64_t off, uint64_t len, const str
     struct probe_state *s = n->state;
     if (off < s->fail_to && off + len > s->fail_from)
         return -EIO;
+    if (s->uneven && off / MIB % 3 == 0)
+        loop_sleep_co(3 * 1000 * 1000);
     for (int i = 0; i < niov; off += iov[i++].iov_len)
         memcpy(iov[i].iov_base, s->bytes + off, iov[i].iov_len);
     return 0;
@@ -227,9 +231,10 @@ TASK_TEST(copy_zeroes_what_the_target_held) {
 }
 
 TASK_TEST(copy_begins_writes_in_ascending_order) {
-    struct probe_state *s;
-    struct node *a = memory_new(32 * MIB), *b = probe_new(32 * MIB, &s);
+    struct probe_state *s, *slow;
+    struct node *a = probe_new(32 * MIB, &slow), *b = probe_new(32 * MIB, &s);
     fill(a, 0, 32 * MIB, 1);
+    slow->uneven = true;
     copy_ok(a, b, a->size, 0, &fresh);
     assert_same(a, 0, b, 0, a->size);
     assert_true(s->notes >= 32);
@@ -237,6 +242,53 @@ TASK_TEST(copy_begins_writes_in_ascending_order) {
         assert_true(s->note[i].offset > s->note[i - 1].offset);
     node_unref_co(a);
     node_unref_co(b);
+}
+
+TASK_TEST(copy_out_of_order_does_not_wait_for_the_slow) {
+    struct probe_state *s, *slow;
+    struct node *a = probe_new(32 * MIB, &slow), *b = probe_new(32 * MIB, &s);
+    struct copy_opts o = fresh;
+    bool ascending = true;
+    o.in_order = false;
+    fill(a, 0, 32 * MIB, 1);
+    slow->uneven = true;
+    copy_ok(a, b, a->size, 0, &o);
+    slow->uneven = false;
+    assert_same(a, 0, b, 0, a->size);
+    for (unsigned i = 1; i < s->notes; i++)
+        ascending &= s->note[i].offset > s->note[i - 1].offset;
+    assert_false(ascending);
+    node_unref_co(a);
+    node_unref_co(b);
+}
+
+/* Scattered small data: still no unit of the target is written twice or in parts. */
+static void writes_are_whole_units(uint64_t at) {
+    const uint64_t unit = 64 * KIB;
+    struct probe_state *s;
+    struct node *a = memory_new(24 * MIB), *b = probe_new(32 * MIB, &s);
+    b->granularity = unit;
+    for (unsigned i = 0; i < 100; i++)
+        fill(a, (uint64_t)i * 230 * KIB + i * 31, 1 + i * 977 % 9000, i);
+    fill(a, 10 * MIB, 3 * MIB + 4096, 7);
+    copy_ok(a, b, a->size, at, &fresh);
+    assert_same(a, 0, b, at, a->size);
+    assert_true(s->notes > 10);
+    for (unsigned i = 0; i < s->notes; i++) {
+        uint64_t from = s->note[i].offset, to = from + s->note[i].length;
+        assert_true(from % unit == 0 || from == at);
+        assert_true(to % unit == 0 || to == at + a->size);
+        for (unsigned k = 0; k < i; k++)
+            assert_false(ranges_overlap(from, to - from, s->note[k].offset, s->note[k].length));
+    }
+    node_unref_co(a);
+    node_unref_co(b);
+}
+TASK_TEST(copy_writes_whole_units) {
+    writes_are_whole_units(0);
+}
+TASK_TEST(copy_writes_whole_units_at_an_odd_offset) {
+    writes_are_whole_units(777);
 }
 
 TASK_TEST(copy_read_error_names_side_and_place) {
@@ -482,6 +534,9 @@ int main(void) {
         cmocka_unit_test(copy_at_odd_offsets_and_lengths),
         cmocka_unit_test(copy_zeroes_what_the_target_held),
         cmocka_unit_test(copy_begins_writes_in_ascending_order),
+        cmocka_unit_test(copy_out_of_order_does_not_wait_for_the_slow),
+        cmocka_unit_test(copy_writes_whole_units),
+        cmocka_unit_test(copy_writes_whole_units_at_an_odd_offset),
         cmocka_unit_test(copy_read_error_names_side_and_place),
         cmocka_unit_test(copy_write_error_ends_the_copy),
         cmocka_unit_test(salvage_zeroes_only_unreadable_sectors),
