@@ -29,7 +29,6 @@
 #include <unistd.h>
 #include <sys/socket.h>
 #include "base/bytes.h"
-#include "base/ck.h"
 #include "base/size.h"
 #include "cli/cli.h"
 #include "disk/io.h"
@@ -363,11 +362,17 @@ static void rescue_co(struct run *r, struct disk *d) {
     }
 }
 
-/* What the overlay holds: its allocated bytes without those that are only allocated ahead. */
-static uint64_t overlay_used(struct node *overlay) {
-    int64_t allocated = overlay_allocated(overlay);
-    uint64_t end = overlay->file ? overlay->file->size : UINT64_MAX;
-    return allocated < 0 ? end : min_u64((uint64_t)allocated, end);
+/* What the guest wrote and did not give back: the data in the overlay itself, whole clusters. */
+static uint64_t overlay_data_co(struct node *overlay) {
+    uint64_t sum = 0;
+    struct status st;
+    for (uint64_t at = 0; at < overlay->size; at += st.length) {
+        if (disk_status_co(overlay, at, overlay->size - at, STATUS_TOP_ONLY, &st) < 0)
+            break; /* only a figure for a message */
+        if (st.present && st.data)
+            sum += st.length;
+    }
+    return sum;
 }
 
 static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err *e) {
@@ -376,7 +381,7 @@ static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err 
     char size[32];
     AUTO_FREE char *name = cli_safe(d->name);
 
-    size_human(overlay_used(d->node), size);
+    size_human(overlay_data_co(d->node), size);
     if (a->keep.n) {
         int ret = overlay_keep_co(d->node, a->keep.v[i], false, e);
         if (ret < 0)

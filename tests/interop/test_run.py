@@ -177,6 +177,15 @@ echo still here
     assert "still here" in p.stdout
 
 
+@pytest.mark.parametrize("code, said", [
+    ("", "threw away 0 B that"), ("disks[0].pwrite(b'x'*65536, 0)", "threw away 64 KiB that"),
+    ("disks[0].pwrite(b'x'*65536, 0); disks[0].trim(65536, 0)", "threw away 0 B that")],
+    ids=["nothing", "written", "trimmed"])
+def test_what_was_thrown_away_is_what_the_guest_wrote(run, tmp_path, fake, code, said):
+    (tmp_path / "d").write_bytes(bytes(1 << 20))
+    assert said in run("run", "--snapshot", "-f", "raw", *fake(code), tmp_path / "d").stderr
+
+
 def test_every_disk_has_its_own_overlay(run, tmp_path, fake):
     for name in "ab":
         (tmp_path / name).write_bytes(name.encode() * 65536)
