@@ -207,8 +207,10 @@ def conversions(d, raw, qcow2):
             subprocess.run(["qemu-img", "compare", "-q", raw, out], check=True)
 
     def convert(work, src, fmt, extra=(), reach="", others=(), slow=True, sized=False, cache=()):
-        # qemu-img's own default is not to sync what it wrote (-t unsafe), strata's is to sync it.
+        # qemu-img's own default is not to sync what it wrote (-t unsafe), strata's is to sync it,
+        # and to choose direct or cached writes for that; so synced strata runs without -t.
         qemu = ["qemu-img", "convert", *cache, *extra]
+        mine = cache if "unsafe" in cache else ()
         peers = [("qemu-img -W -m 16", [*qemu, "-W", "-m", "16", "-O", fmt, src, out])]
         if slow and not SKIP_SLOW:
             peers.append(("qemu-img", [*qemu, "-O", fmt, src, out]))
@@ -218,7 +220,7 @@ def conversions(d, raw, qcow2):
             check(label)
             sizes[(work, label)] = os.stat(out).st_blocks * 512
 
-        peaks = row(work, [("strata", [STRATA, "convert", *cache, *extra, "-O", fmt, src, out])] + peers +
+        peaks = row(work, [("strata", [STRATA, "convert", *mine, *extra, "-O", fmt, src, out])] + peers +
                     list(others), reach, prepare=fresh, after=after)
         fresh(key)
         if peaks and peaks.get("strata"):
