@@ -16,10 +16,10 @@
  * itself; so a file without a name, which nobody else can look at, is made longer too: 1.4 s
  * instead of 1.7 to 2.1 s for 4 GiB.  Its true end is node->size, and is made so before the link.)
  * It begins after AHEAD_START appended bytes, steps
- * double up to AHEAD_STEP_MAX, and a full disk makes the steps small and then stops them, so that
- * the write itself meets the clean ENOSPC.  What is unused goes back by ftruncate to the same size
- * (ext4 and XFS free blocks behind the end then).  Only for ext4: XFS allocates ahead by itself,
- * btrfs and ZFS copy on write, tmpfs would fill real memory.
+ * double up to AHEAD_STEP_MAX, and take at most an eighth of what is free, so that the write itself
+ * meets the clean ENOSPC, on the last block.  What is unused goes back by ftruncate to the same
+ * size (ext4 and XFS free blocks behind the end then).  Only for ext4: XFS allocates ahead by
+ * itself, btrfs and ZFS copy on write, tmpfs would fill real memory.
  *
  * Facts: fallocate(2), lseek(2) SEEK_HOLE, ioctl_ficlonerange(2), copy_file_range(2).
  */
@@ -72,13 +72,24 @@ static bool ahead_allowed(struct node *n) {
     return !s->ahead_off;
 }
 
+/* At most this part of the free space is taken ahead: the rest of the disk needs some, too, and so
+ * do holes further down in this file (tables of an image). */
+#define AHEAD_FREE_SHARE 8
+
+static uint64_t ahead_step(const struct file_state *s) {
+    struct statfs fs;
+    uint64_t step = s->ahead_step ? min_u64(s->ahead_step * 2, AHEAD_STEP_MAX) : AHEAD_START;
+    if (fstatfs(s->fd, &fs) || fs.f_bsize <= 0)
+        return 0;
+    return min_u64(step, (uint64_t)fs.f_bavail / AHEAD_FREE_SHARE * (uint64_t)fs.f_bsize);
+}
+
 static void file_ahead_co(struct node *n, uint64_t from, uint64_t end) {
     struct file_state *s = file_state(n);
-    uint64_t step = s->ahead_step ? min_u64(s->ahead_step * 2, AHEAD_STEP_MAX) : AHEAD_START;
-    uint64_t to = end + step;
+    uint64_t step = ahead_step(s), to = end + step;
     if (s->size_limit)
         to = min_u64(to, s->size_limit);
-    if (to <= from || to > INT64_MAX)
+    if (step < AHEAD_STEP_MIN || to <= from || to > INT64_MAX)
         return;
     s->ahead_busy = s->ahead_used = true;
     int r = loop_fallocate_co(s->fd, s->unnamed ? 0 : FALLOC_FL_KEEP_SIZE, from, to - from);
@@ -86,14 +97,17 @@ static void file_ahead_co(struct node *n, uint64_t from, uint64_t end) {
     if (!r) {
         s->ahead_step = step;
         s->ahead_end = max_u64(s->ahead_end, to);
-    } else if ((r == -ENOSPC || r == -EDQUOT) && step > AHEAD_STEP_MIN) {
-        s->ahead_step = step / 16; /* doubled before its next use */
-        s->ahead_end = max_u64(s->ahead_end, end);
-        if (s->ahead_step < AHEAD_STEP_MIN / 2)
-            s->ahead_off = true;
-    } else {
-        s->ahead_off = true;
+        return;
     }
+    /*
+     * No room after all (a quota), or no such call.  What was allocated in part behind the last
+     * write that has begun goes back; at once, so that none begins meanwhile.  ext4 does not punch
+     * behind the end of the file: there it stays until file_trim.
+     */
+    s->ahead_off = true;
+    if (to > s->append_end)
+        fallocate(s->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)s->append_end,
+                  (off_t)(to - s->append_end));
 }
 
 int file_grow_co(struct node *n, uint64_t offset, uint64_t end) {

@@ -207,12 +207,12 @@ static void run_model(const char *name, enum cache_mode cache) {
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n = try_open(name, OPEN_RW | OPEN_UNMAP, cache, &e);
     if (!n) {
-        print_message("%s\n", err_text(&e));
+        print_message("# %s\n", err_text(&e));
         assert_non_null(strstr(err_text(&e), "O_DIRECT"));
         return;
     }
     uint8_t *model = calloc(1, MODEL_SIZE), *buf = malloc(MODEL_SIZE);
-    print_message("seed %llu\n", (unsigned long long)seed);
+    print_message("# seed %llu\n", (unsigned long long)seed);
     for (int i = 0; i < MODEL_OPS; i++)
         model_step(n, model, buf);
     assert_int_equal(disk_pread_co(n, 0, buf, MODEL_SIZE), 0);

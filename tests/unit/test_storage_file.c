@@ -270,14 +270,6 @@ static void direct_read_of_an_unaligned_end_gives_zeros(void *arg) {
     drop(n);
 }
 
-static void write_beyond_the_largest_file_is_refused(void *arg) {
-    /* No file system of today reaches 2^63. */
-    struct node *n = must_create(in_dir("f"), 0, 0);
-    assert_int_equal(put(n, (uint64_t)INT64_MAX - 4096, "x", 1), -EFBIG);
-    assert_int_equal(n->size, 0);
-    drop(n);
-}
-
 /* ------------------------------------------------------------------- zero */
 
 static void zero_with_unmap_gives_space_back(void *arg) {
@@ -491,7 +483,7 @@ static void append(struct node *n, uint64_t bytes) {
 
 static void appends_are_allocated_ahead_and_the_rest_given_back(void *arg) {
     if (!has_fs(0xEF53)) {
-        print_message("allocation ahead is for ext4 only; %s is something else\n", dir);
+        print_message("# allocation ahead is for ext4 only; %s is something else\n", dir);
         return;
     }
     struct node *n = must_create(in_dir("f"), 0, 0);
@@ -511,7 +503,9 @@ static void appends_are_allocated_ahead_and_the_rest_given_back(void *arg) {
 static void allocation_ahead_stays_below_the_limit(void *arg) {
     struct node *n = must_create(dir, CREATE_SCRATCH, 10 * MIB);
     append(n, 10 * MIB);
-    assert_true((uint64_t)file_allocated(n) <= 10 * MIB + 65536);
+    assert_true(file_state(n)->ahead_end <= 10 * MIB);
+    if (has_fs(0xEF53)) /* XFS allocates ahead by itself */
+        assert_true((uint64_t)file_allocated(n) <= 10 * MIB + 65536);
     assert_int_equal(put(n, n->size, "x", 1), -ENOSPC);
     drop(n);
 }
@@ -809,7 +803,6 @@ static void run(void **state) {
     X(write_grows_the_file)                                                                        \
     X(direct_io_reports_its_alignment_and_moves_bytes)                                             \
     X(direct_read_of_an_unaligned_end_gives_zeros)                                                 \
-    X(write_beyond_the_largest_file_is_refused)                                                    \
     X(zero_with_unmap_gives_space_back)                                                            \
     X(zero_without_unmap_keeps_space)                                                              \
     X(zero_behind_the_end_grows_sparsely)                                                          \
