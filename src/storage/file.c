@@ -61,6 +61,12 @@ int file_check_type(const struct stat *st, bool *is_block, struct err *e) {
                    kind);
 }
 
+int file_no_direct(struct err *e) {
+    int r = err_set(e, EINVAL, "the file system does not support O_DIRECT");
+    err_hint(e, "choose a cache mode other than none and directsync");
+    return r;
+}
+
 int file_open_path(const char *path, int flags, struct stat *st, struct err *e) {
     bool is_block;
     /* Looked at first: opening alone can rewind a tape or arm a watchdog. */
@@ -77,11 +83,8 @@ int file_open_path(const char *path, int flags, struct stat *st, struct err *e) 
     while (fd < 0 && errno == EINTR);
     if (fd < 0) {
         int code = errno;
-        if (code == EINVAL && (flags & O_DIRECT)) {
-            err_set(e, code, "the file system does not support O_DIRECT");
-            err_hint(e, "choose a cache mode other than none and directsync");
-            return -code;
-        }
+        if (code == EINVAL && (flags & O_DIRECT))
+            return file_no_direct(e);
         return err_errno(e, code, "cannot open%s",
                          (flags & O_ACCMODE) == O_RDWR && code != ENOENT ? " for writing" : "");
     }

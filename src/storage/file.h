@@ -83,6 +83,8 @@ int file_check_type(const struct stat *st, bool *is_block, struct err *e);
 /* open(2) with what every file here needs, never hanging on a FIFO or waking a strange device;
  * `flags` adds O_RDWR, O_DIRECT, O_CREAT ...  The descriptor (blocking), or -errno with text. */
 int file_open_path(const char *path, int flags, struct stat *st, struct err *e);
+/* What EINVAL of an open with O_DIRECT means. */
+int file_no_direct(struct err *e);
 /* Takes the locks for n->perm and n->shared as the options say. */
 int file_take_locks(struct node *n, struct err *e);
 /* Sets size, alignment and flags of the node from its open descriptor. */

@@ -85,6 +85,8 @@ static int create_hidden(const char *path, int flags, char **name, struct err *e
             *name = steal(&temp);
             return fd;
         }
+        if (errno == EINVAL && (flags & O_DIRECT))
+            return file_no_direct(e);
         if (errno != EEXIST && errno != EINTR)
             return err_errno(e, errno, "cannot create a file in the folder");
     }
