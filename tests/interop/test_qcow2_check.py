@@ -476,6 +476,45 @@ def test_data_over_a_snapshots_l2_table_with_matching_counts(run, peer, tmp_path
     assert f"its cluster at offset {old} overlaps an L2 table" in text
 
 
+def bitmap_directory(q):
+    h = q.read(0, q.cluster)
+    ext = h.index(bytes.fromhex("23852875"))
+    return ext, q.u64(h, ext + 8 + 16)
+
+
+@pytest.mark.parametrize("name, change, text", [
+    ("count", lambda q: q.set32(bitmap_directory(q)[0] + 8, 0), "where 1 to 65535 are possible"),
+    ("length", lambda q: q.set64(bitmap_directory(q)[0] + 16, 24), "reaches beyond its end"),
+    ("extra", lambda q: q.set64(bitmap_directory(q)[0] + 16, 64), "1 bitmaps take 32 of its 64"),
+    ("type", lambda q: q.write(bitmap_directory(q)[1] + 16, b"\2"), "its type is not 1"),
+    ("flags", lambda q: q.set32(bitmap_directory(q)[1] + 12, 64), "reserved flags are set"),
+    ("granularity", lambda q: q.write(bitmap_directory(q)[1] + 17, b"\3"), "its granularity"),
+    ("table", lambda q: q.set64(bitmap_directory(q)[1], 0), "it has no table"),
+    ("short", lambda q: q.write(bitmap_directory(q)[1] + 17, b"\11"), "too short for the image"),
+    ("entry", lambda q: q.set64(q.get64(bitmap_directory(q)[1]), 3), "reserved bits set"),
+], ids=lambda v: v if isinstance(v, str) and " " not in v else "")
+def test_broken_bitmap_directory(run, peer, tmp_path, name, change, text):
+    """qemu-img refuses to open such an image, or takes the bitmap's clusters for leaks; a program
+    that only wants the disk's data can read it."""
+    q = make(peer, tmp_path / "a", "write -P 1 0 1M", size="1G")
+    peer("qemu-img", "bitmap", "--add", tmp_path / "a", "bm")
+    assert ours(run, tmp_path / "a")[0] == CLEAN
+    change(q)
+    status, _, found = ours(run, tmp_path / "a")
+    assert status == CORRUPT
+    assert text in found
+    assert theirs(peer, tmp_path / "a")[0] in (FAILED, CORRUPT)
+
+
+def test_snapshot_without_its_version_3_data(run, peer, tmp_path):
+    q = make(peer, tmp_path / "a", "write -P 1 0 1M")
+    peer("qemu-img", "snapshot", "-c", "s", tmp_path / "a")
+    q.set32(q.get64(64) + 36, 8)
+    status, _, text = ours(run, tmp_path / "a")
+    assert status == theirs(peer, tmp_path / "a")[0] == CORRUPT
+    assert "8 bytes of extra data, and version 3 wants 16" in text
+
+
 def test_zero_flag_in_version_2(run, peer, tmp_path):
     """The flag does not exist there; readers of version 2 take the cluster for data."""
     q = make(peer, tmp_path / "a", "write -P 1 0 1M", compat="0.10")

@@ -23,8 +23,11 @@
 enum {
     SNAPSHOT_FIXED = 40, /* bytes before the extra data */
     SNAPSHOT_EXTRA_MAX = 1024,
+    SNAPSHOT_EXTRA_V3 = 16,
     BITMAP_FIXED = 24,   /* bytes before the extra data */
     BITMAPS_MAX = 65535, /* the reference reader's caps */
+    BITMAP_NAME_MAX = 1023,
+    BITMAP_IN_USE = 1, /* flag */
     BITMAP_TABLE_BYTES_MAX = 64 << 20,
 };
 
@@ -127,6 +130,11 @@ int check_snapshots_co(struct check *c, struct check_inactive *in) {
                              i + 1, extra, SNAPSHOT_EXTRA_MAX);
             return 0;
         }
+        if (h->version >= 3 && extra < SNAPSHOT_EXTRA_V3)
+            check_corruption(c,
+                             "snapshot table: snapshot %" PRIu32 " has %" PRIu32
+                             " bytes of extra data, and version 3 wants %d",
+                             i + 1, extra, SNAPSHOT_EXTRA_V3);
         r = snapshot_l1_co(c, in, i + 1, be64_load(fixed), be32_load(fixed + 8));
         if (r)
             return r;
@@ -190,6 +198,60 @@ static int bitmap_table_co(struct check *c, uint32_t number, uint64_t offset, ui
     return r;
 }
 
+/* What makes a directory entry unusable for readers, or NULL. */
+static const char *bitmap_flaw(const struct check *c, const uint8_t *entry) {
+    uint64_t entries = be32_load(entry + 8), bits;
+    uint32_t flags = be32_load(entry + 12), granularity = entry[17], name = be16_load(entry + 18);
+    if (entry[16] != 1)
+        return "its type is not 1";
+    if (flags & ~(uint32_t)7)
+        return "reserved flags are set";
+    if (granularity < 9 || granularity > 31)
+        return "its granularity is not between 2^9 and 2^31 bytes";
+    if (!name || name > BITMAP_NAME_MAX)
+        return "its name does not have 1 to 1023 bytes";
+    if (!be64_load(entry) || !entries)
+        return "it has no table";
+    bits = entries << (c->s->cluster_bits + 3);
+    if (!(flags & BITMAP_IN_USE) && bits < div_up(c->s->h.size, (uint64_t)1 << granularity))
+        return "it is too short for the image";
+    return NULL;
+}
+
+/* One directory entry at *pos, which moves behind it; *ok: the next one can be found. */
+static int bitmap_entry_co(struct check *c, uint32_t number, uint64_t *pos, uint64_t end,
+                           bool *ok) {
+    uint8_t entry[BITMAP_FIXED];
+    *ok = false;
+    if (end - *pos < BITMAP_FIXED) {
+        check_corruption(c, "bitmap directory: its %" PRIu64 " bytes end before bitmap %" PRIu32,
+                         c->s->h.bitmaps_dir_size, number);
+        return 0;
+    }
+    int r = disk_pread_co(c->s->file, *pos, entry, sizeof(entry));
+    if (r) {
+        check_failure(c, "bitmap directory at offset %" PRIu64 ": cannot read: %s", *pos,
+                      strerror(-r));
+        return 0;
+    }
+    uint64_t length = BITMAP_FIXED + (uint64_t)be16_load(entry + 18) + be32_load(entry + 20);
+    length = align_up(length, 8);
+    if (length > end - *pos) {
+        check_corruption(
+            c, "bitmap directory: bitmap %" PRIu32 " of %" PRIu64 " bytes reaches beyond its end",
+            number, length);
+        return 0;
+    }
+    *pos += length;
+    *ok = true;
+    const char *flaw = bitmap_flaw(c, entry);
+    if (flaw) {
+        check_corruption(c, "bitmap %" PRIu32 ": %s", number, flaw);
+        return 0;
+    }
+    return bitmap_table_co(c, number, be64_load(entry), be32_load(entry + 8));
+}
+
 int check_bitmaps_co(struct check *c) {
     const struct qcow2_header *h = &c->s->h;
     uint64_t pos = h->bitmaps_dir_offset, end;
@@ -197,29 +259,20 @@ int check_bitmaps_co(struct check *c) {
     /* Without the autoclear bit the extension is stale, and its clusters are leaks. */
     if (!h->has_bitmaps || !(h->autoclear & QCOW2_AUTOCLEAR_BITMAPS))
         return 0;
-    if (h->bitmaps_count > BITMAPS_MAX || !ck_add(pos, h->bitmaps_dir_size, &end)) {
-        check_corruption(c, "bitmap directory: %" PRIu32 " bitmaps in %" PRIu64 " bytes",
-                         h->bitmaps_count, h->bitmaps_dir_size);
+    if (!h->bitmaps_count || h->bitmaps_count > BITMAPS_MAX ||
+        !ck_add(pos, h->bitmaps_dir_size, &end)) {
+        check_corruption(c,
+                         "bitmap directory: %" PRIu32 " bitmaps in %" PRIu64
+                         " bytes, where 1 to %d are possible",
+                         h->bitmaps_count, h->bitmaps_dir_size, BITMAPS_MAX);
         return 0;
     }
     int r = check_metadata(c, "bitmap directory", pos, h->bitmaps_dir_size, &ok);
-    for (uint32_t i = 0; !r && ok && i < h->bitmaps_count; i++) {
-        uint8_t fixed[BITMAP_FIXED];
-        if (end - pos < BITMAP_FIXED) {
-            check_corruption(
-                c, "bitmap directory: %" PRIu64 " bytes hold fewer than %" PRIu32 " bitmaps",
-                h->bitmaps_dir_size, h->bitmaps_count);
-            return 0;
-        }
-        int e = disk_pread_co(c->s->file, pos, fixed, sizeof(fixed));
-        if (e) {
-            check_failure(c, "bitmap directory at offset %" PRIu64 ": cannot read: %s", pos,
-                          strerror(-e));
-            return 0;
-        }
-        r = bitmap_table_co(c, i + 1, be64_load(fixed), be32_load(fixed + 8));
-        uint64_t length = BITMAP_FIXED + (uint64_t)be16_load(fixed + 18) + be32_load(fixed + 20);
-        pos += min_u64(align_up(length, 8), end - pos);
-    }
+    for (uint32_t i = 0; !r && ok && i < h->bitmaps_count; i++)
+        r = bitmap_entry_co(c, i + 1, &pos, end, &ok);
+    if (!r && ok && pos != end)
+        check_corruption(
+            c, "bitmap directory: %" PRIu32 " bitmaps take %" PRIu64 " of its %" PRIu64 " bytes",
+            h->bitmaps_count, pos - h->bitmaps_dir_offset, h->bitmaps_dir_size);
     return r;
 }
