@@ -82,11 +82,19 @@ static int new_table_co(struct qcow2 *s, uint64_t i1) {
         r = disk_zero_co(s->file, host, s->cluster_size, 0);
     if (!r)
         r = qcow2_meta_add(s, host, s->cluster_size);
+    qcow2_cache_forget(&s->cache, host, s->cluster_size);
+    if (!r && !old) {
+        /* Something of it is written in any case: no table lies wholly behind the file's end. */
+        struct qcow2_slice *first;
+        r = qcow2_cache_get_zero(&s->cache, QCOW2_SLICE_L2, host, (uint32_t)i1, &first);
+        if (!r)
+            qcow2_slice_modify(&s->cache, first);
+    }
     if (r < 0) {
+        qcow2_meta_remove(s, host, s->cluster_size);
         qcow2_release_or_limbo(s, qcow2_cluster_index(s, host), 1);
         return r;
     }
-    qcow2_cache_forget(&s->cache, host, s->cluster_size);
     l1_set(s, i1, host);
     if (old) {
         qcow2_cache_forget(&s->cache, old, s->cluster_size);

@@ -173,12 +173,16 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
 }
 
 /* One placement's worth of room: its host space made ready as `prealloc` says, then linked in. */
-static int preallocate_run_co(struct node *n, struct placement *p, int prealloc) {
+static int preallocate_run_co(struct node *n, struct placement *p, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t host = p->host_offset - p->head, bytes = (uint64_t)p->head + p->length + p->tail;
     int r = 0;
-    if (prealloc == PREALLOC_FULL || !p->reads_zero)
-        r = disk_zero_co(s->file, host, bytes, 0);
+    /* No table names what lies behind the end of the file. */
+    if (host + bytes > s->file->size)
+        r = disk_resize_co(s->file, host + bytes,
+                           prealloc == PREALLOC_METADATA ? PREALLOC_OFF : prealloc, e);
+    if (!r && !p->reads_zero && (r = disk_zero_co(s->file, host, bytes, 0)) < 0)
+        err_errno(e, -r, "zeroing %" PRIu64 " bytes at %" PRIu64, bytes, host);
     if (r < 0) {
         qcow2_abandon(n, p);
         return r;
@@ -203,19 +207,12 @@ int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int p
         if (!r && x.kind == EXTENT_HOLE) {
             r = qcow2_place_co(n, offset, x.length, 0, 0, &p);
             x.length = r ? 0 : p.length;
-            if (!r)
-                r = preallocate_run_co(n, &p, prealloc);
+            if (!r && (r = preallocate_run_co(n, &p, prealloc, e)) < 0)
+                return r;
         }
         if (r < 0)
             return err_errno(e, -r, "giving room ahead at %" PRIu64, offset);
         offset += x.length;
-    }
-    if (prealloc == PREALLOC_FALLOC || prealloc == PREALLOC_FULL) {
-        /* The file reaches as far as what was handed out. */
-        uint64_t want = s->virgin_from << s->cluster_bits;
-        if (want > s->file->size)
-            return disk_resize_co(s->file, want,
-                                  prealloc == PREALLOC_FALLOC ? PREALLOC_FALLOC : PREALLOC_OFF, e);
     }
     return 0;
 }
