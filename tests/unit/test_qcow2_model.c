@@ -224,6 +224,7 @@ struct shape {
     bool backing;
     unsigned fail_one_in;
     uint64_t longest; /* operation in bytes; 0: any */
+    uint32_t slices;  /* budget of the cache; 0: as it is */
 };
 
 struct op {
@@ -312,6 +313,11 @@ static struct node *open_on(struct node *file, unsigned flags, struct node *base
     assert_non_null(n);
     n->backing = base ? node_ref(base) : NULL;
     return n;
+}
+
+static void squeeze(const struct shape *sh, struct node *n) {
+    if (sh->slices)
+        qcow2_of(n)->cache.slices_max = sh->slices;
 }
 
 static void check(struct node *n, const char *when, bool leaks_too) {
@@ -559,6 +565,7 @@ static void reopen_co(struct model *m) {
     struct node *file = node_ref(m->file);
     node_unref_co(m->node);
     m->node = open_on(file, OPEN_RW | OPEN_UNMAP, m->base);
+    squeeze(m->shape, m->node);
     check(m->node, "reopened", !m->shape->fail_one_in);
 }
 
@@ -568,6 +575,7 @@ static void run_shape(void *arg) {
     m.file = make_image(sh);
     m.base = sh->backing ? make_base(sh->size * 3 / 4 + 4096 + 8) : NULL;
     m.node = open_on(m.file, OPEN_RW | OPEN_UNMAP, m.base);
+    squeeze(sh, m.node);
     m.now = calloc(m.words, 8);
     m.durable = calloc(m.words, 8);
     if (m.base)
@@ -651,6 +659,14 @@ SHAPE(storage_that_fails, .options = CLUSTERS(4096, BITS(8)), .size = 4 * MIB, .
 SHAPE(storage_that_fails_while_tables_grow, .options = CLUSTERS(512, BITS(64)), .size = 12 * MIB,
       .tasks = 6, .ops = 800, .cuts = 12, .fail_one_in = 300, .longest = 16 * KIB)
 
+SHAPE(a_cache_too_small, .options = CLUSTERS(512, BITS(64)), .size = 8 * MIB, .tasks = 6,
+      .ops = 600, .cuts = 20, .longest = 16 * KIB, .slices = 24)
+SHAPE(a_cache_too_small_thrown_away, .options = CLUSTERS(512, ""), .size = 8 * MIB, .tasks = 6,
+      .ops = 600, .node_flags = NODE_NO_FLUSH, .longest = 16 * KIB, .slices = 24)
+SHAPE(a_cache_too_small_over_storage_that_fails, .options = CLUSTERS(512, BITS(64)),
+      .size = 8 * MIB, .tasks = 6, .ops = 600, .cuts = 10, .fail_one_in = 200, .longest = 16 * KIB,
+      .slices = 24)
+
 int main(void) {
     const char *seed = getenv("STRATA_SEED"), *times = getenv("STRATA_ROUNDS");
     rng_state = seed ? strtoull(seed, NULL, 0) : (uint64_t)time(NULL) * 2654435761u + 1;
@@ -671,6 +687,9 @@ int main(void) {
         cmocka_unit_test(thrown_away),
         cmocka_unit_test(storage_that_fails),
         cmocka_unit_test(storage_that_fails_while_tables_grow),
+        cmocka_unit_test(a_cache_too_small),
+        cmocka_unit_test(a_cache_too_small_thrown_away),
+        cmocka_unit_test(a_cache_too_small_over_storage_that_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
