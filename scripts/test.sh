@@ -35,6 +35,7 @@ if [ -z "$backends" ]; then
     if uring_refused; then
         echo "note: this kernel refuses io_uring; testing the thread back end only"
         backends=threads
+        export STRATA_NO_URING=1
     fi
 fi
 

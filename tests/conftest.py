@@ -2,8 +2,13 @@
 """What every Python test shares: where strata is, and how to run it.
 
 STRATA names the program (default: $BUILD/src/strata, build/ when unset).  A peer that is missing
-fails the test that needs it: nothing is skipped.
+fails the test that needs it: nothing is skipped.  Two marks take a test out where it cannot mean
+anything; pytest counts it as deselected:
+
+    plain_build    measures memory: not for a program built with AddressSanitizer
+    uring          is about io_uring: not where the kernel refuses it (test.sh says STRATA_NO_URING)
 """
+import mmap
 import os
 import pathlib
 import shutil
@@ -13,6 +18,29 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STRATA = os.environ.get("STRATA") or str(ROOT / os.environ.get("BUILD", "build") / "src/strata")
+
+
+def sanitized():
+    try:
+        with open(STRATA, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            return m.find(b"__asan_init") >= 0
+    except (OSError, ValueError):
+        return False
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "plain_build: not for a build with AddressSanitizer")
+    config.addinivalue_line("markers", "uring: not where the kernel refuses io_uring")
+
+
+def pytest_collection_modifyitems(config, items):
+    out = {"plain_build"} if sanitized() else set()
+    if os.environ.get("STRATA_NO_URING"):
+        out.add("uring")
+    gone = [i for i in items if any(i.get_closest_marker(m) for m in out)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [i for i in items if i not in gone]
 
 
 @pytest.fixture(scope="session")

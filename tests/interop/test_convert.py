@@ -507,6 +507,7 @@ def test_memory_stays_small_whatever_the_size(strata, tmp_path, fmt, extra):
     os.unlink(tmp_path / "b")
 
 
+@pytest.mark.plain_build  # AddressSanitizer reserves terabytes of address space
 def test_works_under_a_small_address_space(strata, tmp_path):
     a = make_raw(tmp_path / "a", 32 * MIB)
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
@@ -514,7 +515,7 @@ def test_works_under_a_small_address_space(strata, tmp_path):
                    check=True, preexec_fn=limit)
 
 
-@pytest.mark.parametrize("backend", ["uring", "threads"])
+@pytest.mark.parametrize("backend", [pytest.param("uring", marks=pytest.mark.uring), "threads"])
 def test_both_back_ends(run, peer, tmp_path, backend):
     a = make_raw(tmp_path / "a", 20 * MIB + 512)
     env = dict(os.environ, STRATA_AIO=backend)
