@@ -4,6 +4,7 @@
  * refuses io_uring fails the "uring:" half, by name.
  */
 #include "loop_fixture.h"
+#include "uring_filter.h"
 
 /* ---- life ---- */
 
@@ -341,13 +342,18 @@ static void the_environment_chooses(void **state) {
     assert_int_equal(loop_new(LOOP_AUTO, &l, NULL), 0);
     assert_string_equal(loop_backend_name(l), "threads");
     loop_free(l);
+    setenv("STRATA_AIO", "fibers", 1);
+    assert_int_equal(loop_new(LOOP_AUTO, &l, &e), -EINVAL);
+    assert_non_null(strstr(err_text(&e), "fibers"));
+    unsetenv("STRATA_AIO");
+}
+
+static void the_environment_can_insist(void **state) {
+    struct loop *l;
     setenv("STRATA_AIO", "uring", 1);
     assert_int_equal(loop_new(LOOP_AUTO, &l, NULL), 0);
     assert_string_equal(loop_backend_name(l), "uring");
     loop_free(l);
-    setenv("STRATA_AIO", "fibers", 1);
-    assert_int_equal(loop_new(LOOP_AUTO, &l, &e), -EINVAL);
-    assert_non_null(strstr(err_text(&e), "fibers"));
     unsetenv("STRATA_AIO");
 }
 
@@ -392,7 +398,9 @@ int main(void) {
         T(work_done_in_place_does_not_starve_timers),
         T(a_yield_lets_completions_in),
         cmocka_unit_test(the_environment_chooses),
+        URING_TEST(the_environment_can_insist),
         cmocka_unit_test(nothing_starts_before_it_is_needed),
     };
+    leave_out_refused_uring();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

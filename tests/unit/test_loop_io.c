@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Files, sockets, pipes and polling through the loop, each test on both back ends. */
 #include "loop_fixture.h"
+#include "uring_filter.h"
 
 /* ---- files ---- */
 
@@ -377,5 +378,6 @@ int main(void) {
         T(a_descriptor_number_can_be_reused),
         T(cancel_fd_ends_every_wait),
     };
+    leave_out_refused_uring();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
