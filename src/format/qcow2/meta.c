@@ -145,6 +145,18 @@ static int add_table(struct qcow2 *s, const char *what, uint64_t host, uint64_t 
     return 0;
 }
 
+/* A block that the table names wrongly would be neither used nor replaced when room is wanted. */
+static int check_reftable_entry(const struct qcow2 *s, uint32_t i, struct err *e) {
+    uint64_t entry = s->reftable[i];
+    if (is_aligned(entry, s->cluster_size) && entry < QCOW2_HOST_LIMIT)
+        return 0;
+    err_set(e, EIO,
+            "refcount table entry %" PRIu32 ": 0x%" PRIx64 " is not the offset of a cluster", i,
+            entry);
+    err_hint(e, "the image is damaged and can only be opened for reading");
+    return -EIO;
+}
+
 int qcow2_meta_build_co(struct qcow2 *s, struct err *e) {
     int r = add_table(s, "header", 0, s->cluster_size, e);
     if (!r && s->l1_entries)
@@ -154,7 +166,9 @@ int qcow2_meta_build_co(struct qcow2 *s, struct err *e) {
                       (uint64_t)s->reftable_entries * 8, e);
     for (uint32_t i = 0; !r && i < s->reftable_entries; i++) {
         uint64_t block = s->reftable[i] & QCOW2_REFTABLE_MASK;
-        if (block)
+        if (!(s->node->flags & NODE_CHECK))
+            r = check_reftable_entry(s, i, e);
+        if (!r && block)
             r = add_table(s, "refcount block", block, s->cluster_size, e);
     }
     for (uint32_t i = 0; !r && i < s->l1_entries; i++) {
