@@ -7,6 +7,7 @@
 #   make test          every test, on a fresh machine too: setup, build, unit, cli, interop
 #   make bench         strata beside its peers, one table
 #   make asan          the build with AddressSanitizer and UBSan, into build-asan/
+#   make fuzz          the fuzz targets, FUZZ_SECONDS (60) each, built into build-fuzz/
 #   make format-check  is every source file formatted?   (make format does it)
 #   make install       DESTDIR and PREFIX as usual
 
@@ -41,6 +42,12 @@ asan:
 	    -Db_sanitize=address,undefined
 	@ninja -C build-asan -j $(JOBS)
 
+fuzz: setup
+	@test -f build-fuzz/build.ninja || CC=clang meson setup build-fuzz \
+	    -Dfuzz=true -Db_sanitize=address,undefined -Db_lundef=false
+	@ninja -C build-fuzz -j $(JOBS) fuzz-targets
+	@scripts/fuzz.sh
+
 format-check:
 	@scripts/format.sh --dry-run -Werror
 
@@ -52,6 +59,6 @@ install: all
 	DESTDIR=$(DESTDIR) meson install -C $(BUILD) --no-rebuild
 
 clean:
-	rm -rf $(BUILD) build-asan build-gcc build-clang
+	rm -rf $(BUILD) build-asan build-fuzz build-gcc build-clang
 
-.PHONY: all setup try test bench asan format-check format install clean
+.PHONY: all setup try test bench asan fuzz format-check format install clean

@@ -17,7 +17,7 @@ esac
 
 packages=(
     # compilers and build
-    gcc libc6-dev clang clang-format-14 meson ninja-build pkg-config
+    gcc libc6-dev clang libclang-rt-dev clang-format-14 meson ninja-build pkg-config
     # libraries
     liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libcmocka-dev
     # the peers that tests and bench compare with

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A fuzz target without a fuzzer: fuzz-replay-NAME [-m MUTATIONS] [-t SECONDS] FILE|FOLDER...
+ *
+ * Runs every file (in the order of their names), then that many mutations of them, with fixed
+ * seeds, as far as the time goes.  The input that is being run lies in a file (named at the start
+ * of an abort by the shell that started us): -o FILE keeps the last mutation there.
+ */
+#include "fuzz.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#define INPUT_MAX (1u << 20)
+#define INPUTS_MAX 4096
+
+#pragma weak LLVMFuzzerCustomMutator
+
+struct input {
+    char *name;
+    uint8_t *data;
+    size_t size;
+};
+static struct input inputs[INPUTS_MAX];
+static unsigned count;
+static uint64_t rng;
+
+static uint64_t next(void) {
+    rng ^= rng << 13;
+    rng ^= rng >> 7;
+    return rng ^= rng << 17;
+}
+
+/* A plain byte mutator. */
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max) {
+    for (unsigned n = 1 + next() % 4; n; n--) {
+        size_t at = size ? next() % size : 0, len = next() % 9;
+        switch (next() % 5) {
+        case 0:
+            if (size)
+                data[at] ^= (uint8_t)(1u << next() % 8);
+            break;
+        case 1:
+            if (size)
+                data[at] = (uint8_t)next();
+            break;
+        case 2: /* insert */
+            if (size + len <= max) {
+                memmove(data + at + len, data + at, size - at);
+                for (size_t i = 0; i < len; i++)
+                    data[at + i] = (uint8_t)next();
+                size += len;
+            }
+            break;
+        case 3: /* remove */
+            len = min_u64(len, size - at);
+            memmove(data + at, data + at + len, size - at - len);
+            size -= len;
+            break;
+        default: /* copy inside */
+            if (size) {
+                size_t from = next() % size;
+                len = min_u64(len, size - max_u64(from, at));
+                memmove(data + at, data + from, len);
+            }
+        }
+    }
+    return size;
+}
+
+static void load(const char *path) {
+    struct stat st;
+    if (stat(path, &st) < 0) {
+        perror(path);
+        exit(1);
+    }
+    if (S_ISDIR(st.st_mode)) {
+        struct dirent **names;
+        int n = scandir(path, &names, NULL, alphasort);
+        for (int i = 0; i < n; i++) {
+            char *sub AUTO_FREE = xasprintf("%s/%s", path, names[i]->d_name);
+            if (names[i]->d_name[0] != '.')
+                load(sub);
+            free(names[i]);
+        }
+        free(names);
+        return;
+    }
+    if (count == INPUTS_MAX || st.st_size > INPUT_MAX)
+        return;
+    struct input *in = &inputs[count++];
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    in->name = xstrdup(path);
+    in->data = xcalloc(1, (size_t)st.st_size + 1);
+    in->size = (size_t)st.st_size;
+    if (fd < 0 || read(fd, in->data, in->size) != (ssize_t)in->size) {
+        perror(path);
+        exit(1);
+    }
+    close(fd);
+}
+
+static double seconds(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + (double)ts.tv_nsec / 1e9;
+}
+
+/* Exactly as many bytes as the input has, so that a sanitizer sees the end. */
+static void run(const uint8_t *data, size_t size) {
+    uint8_t *copy = malloc(size ? size : 1);
+    memcpy(copy, data, size);
+    LLVMFuzzerTestOneInput(copy, size);
+    free(copy);
+}
+
+static const uint8_t *running;
+static size_t running_len;
+static const char *keep;
+
+static void on_abort(int signo) {
+    int fd = keep ? open(keep, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644) : -1;
+    if (fd >= 0 && write(fd, running, running_len) < 0)
+        _exit(1);
+    signal(signo, SIG_DFL);
+    raise(signo);
+}
+
+static void mutate_and_run(unsigned n, double until) {
+    static uint8_t data[INPUT_MAX];
+    unsigned done = 0;
+    for (unsigned i = 0; i < n && count && seconds() < until; i++, done++) {
+        rng = UINT64_C(0x853c49e6748fea9b) ^ (i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+        const struct input *in = &inputs[i % count];
+        size_t size = in->size;
+        memcpy(data, in->data, size);
+        for (unsigned k = 1 + next() % 3; k; k--)
+            size = LLVMFuzzerCustomMutator
+                       ? LLVMFuzzerCustomMutator(data, size, sizeof(data), (unsigned)next())
+                       : LLVMFuzzerMutate(data, size, sizeof(data));
+        running = data;
+        running_len = size;
+        run(data, size);
+    }
+    printf("%u inputs, %u mutations\n", count, done);
+}
+
+int main(int argc, char **argv) {
+    unsigned mutations = 0;
+    double limit = 5;
+    for (int opt; (opt = getopt(argc, argv, "m:t:o:")) != -1;) {
+        if (opt == 'm')
+            mutations = (unsigned)strtoul(optarg, NULL, 10);
+        else if (opt == 't')
+            limit = strtod(optarg, NULL);
+        else if (opt == 'o')
+            keep = optarg;
+        else
+            return 1;
+    }
+    for (int i = optind; i < argc; i++)
+        load(argv[i]);
+    signal(SIGABRT, on_abort);
+    signal(SIGSEGV, on_abort);
+    for (unsigned i = 0; i < count; i++) {
+        running = inputs[i].data;
+        running_len = inputs[i].size;
+        fprintf(stderr, "%s\n", inputs[i].name);
+        run(inputs[i].data, inputs[i].size);
+    }
+    mutate_and_run(mutations, seconds() + limit);
+    for (unsigned i = 0; i < count; i++) {
+        free(inputs[i].name);
+        free(inputs[i].data);
+    }
+    return 0;
+}

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Seeds of the fuzz targets: seeds.py STRATA FOLDER writes FOLDER/TARGET/*.
+
+Images are made by strata itself, written in the sparse form of fuzz.h, with a program behind them.
+Everything is the same in each run.
+"""
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+SECTOR = 512
+
+
+def sparse(image):
+    """The sparse form: what is not zero, in records."""
+    out = [b"SPR1", struct.pack(">I", (len(image) + SECTOR - 1) // SECTOR)]
+    i = 0
+    while i < len(image):
+        block = image[i:i + SECTOR]
+        if any(block):
+            block = block.rstrip(b"\0")
+            block += bytes(-len(block) % 8)
+            out.append(struct.pack(">IH", i // SECTOR, len(block)) + block)
+        i += SECTOR
+    return b"".join(out)
+
+
+IMAGES = {
+    "c512": ("cluster_size=512", "64k", ["write -P 1 0 3k", "write -P 2 20k 600", "write -z 8k 2k"]),
+    "c512-v2": ("cluster_size=512,compat=0.10", "64k", ["write -P 1 1k 1k", "write -P 9 60k 4k"]),
+    "c512-r1": ("cluster_size=512,refcount_bits=1", "32k", ["write -P 1 0 2k", "discard 0 512"]),
+    "c512-r64": ("cluster_size=512,refcount_bits=64", "32k", ["write -P 1 0 2k"]),
+    "c1k-coded": ("cluster_size=1k", "64k", ["write -c -P 7 0 8k", "write -P 1 2k 1k"]),
+    "c1k-zstd": ("cluster_size=1k,compression_type=zstd", "64k", ["write -c -P 7 0 8k"]),
+    "c4k-lazy": ("cluster_size=4k,lazy_refcounts=on", "1M", ["write -P 3 4k 4k"]),
+    "c64k": ("cluster_size=64k", "1G", ["write -P 4 0 8", "write -z 1M 128k"]),
+    "c64k-r8": ("cluster_size=64k,refcount_bits=8", "100M", ["write -c -P 4 0 64k"]),
+    "c2m": ("cluster_size=2M", "1T", []),
+    "empty": ("cluster_size=512", "0", []),
+}
+
+
+def programs(rng):
+    yield b""
+    for _ in range(2):
+        yield b"PRG1" + bytes(rng.randrange(256) for _ in range(rng.randrange(20, 120)))
+
+
+def make_images(strata, folder, rng):
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.qcow2")
+        for name, (options, size, commands) in IMAGES.items():
+            subprocess.run([strata, "create", "-q", "-f", "qcow2", "-o", options, path, size],
+                           check=True)
+            if commands:
+                args = [x for c in commands for x in ("-c", c)]
+                subprocess.run([strata, "io", "-f", "qcow2", *args, path], check=True,
+                               stdout=subprocess.DEVNULL)
+            with open(path, "rb") as f:
+                data = sparse(f.read())
+            for i, program in enumerate(programs(rng)):
+                yield f"{name}-{i}", data + program
+
+
+def make_ops(rng):
+    for bits in range(8):
+        for flags in (0, 1, 2, 4, 8, 16, 36, 64 + 4, 8 + 4):
+            order = b"" if flags & 1 else bytes([rng.randrange(7)])
+            head = bytes([bits, flags]) + order + struct.pack(">I", rng.randrange(1 << 19))
+            yield f"{bits}-{flags}", head + rng.randbytes(rng.randrange(50, 500))
+
+
+def option(number, data=b""):
+    return b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data
+
+
+def name(text):
+    return struct.pack(">I", len(text)) + text
+
+
+def request(kind, offset=0, length=0, flags=0, payload=b""):
+    return b"Rq" + struct.pack(">HHQQI", flags, kind, 0x1122, offset, length) + payload
+
+
+def make_nbd(rng):
+    flags = struct.pack(">I", 3)
+    info = name(b"x") + struct.pack(">HHH", 2, 3, 1)
+    meta = name(b"") + struct.pack(">I", 2) + name(b"base:allocation") + name(b"base:")
+    yield "export-name", b"\0" + flags + option(1, b"x") + request(0, 0, 512) + request(2)
+    yield "oldflags", b"\0" + struct.pack(">I", 0) + option(1) + request(0, 0, 512) + request(2)
+    yield "list", b"\0" + flags + option(3) + option(6, info) + option(2)
+    yield "meta", b"\0" + flags + option(8) + option(9, meta) + option(10, meta) + option(7, info)
+    yield "flood", b"\0" + flags + option(99, b"y" * 40) * 20 + option(5) + option(11) + option(7)
+    everything = (request(1, 0, 1024, 1, b"A" * 1024) + request(0, 0, 2048) + request(0, 512, 512, 4)
+                  + request(3) + request(4, 0, 4096) + request(5, 0, 4096)
+                  + request(6, 4096, 8192, 2) + request(6, 0, 100, 16)
+                  + request(7, 0, 262144) + request(7, 0, 65536, 8) + request(1, 5, 3, 0, b"xyz")
+                  + request(0, 262144, 1) + request(0, 1 << 63, 512) + request(0, 0, 1 << 31)
+                  + request(0, 100, 0) + request(77) + request(2))
+    for mode in (1, 3, 5, 9, 13):
+        yield f"all-{mode}", bytes([mode]) + everything
+    yield "bad-magic", b"\1" + request(0, 0, 512) + b"x" * 28 + request(0, 0, 512)
+    yield "cut", b"\1" + request(1, 0, 4096, 0, b"Z" * 100)
+    yield "large", b"\1" + request(0, 0, 262144) * 30 + request(2)
+    yield "writes", b"\5" + b"".join(
+        request(1, rng.randrange(262144 - 600), 512, 0, b"w" * 512) for _ in range(12)) + request(2)
+
+
+def make_options():
+    texts = {
+        0: ["size=1G,cluster_size=64k", "a.b.c=1,a.b.d=2", "x=,,y,z", "preallocation=full,size=0x10",
+            "backing_file=a,,b,backing_fmt=raw,compat=0.10", "encrypt.format=luks,a"],
+        1: ["qcow2,file.driver=memory", "raw,size=1M,offset=512", "x"],
+        2: ['{"size": 65536, "cluster_size": "64k", "lazy_refcounts": true}', '{"a.b": 1, "a": {"c": 2}}',
+            '{"driver":"qcow2","file.driver":"memory"}', "[" * 70, '{"a": [1.5, null, "x\\u0000"]}'],
+        3: ["64k", "1.5G", "0x1000", "8E", "7.999999999999E", "10b", "1..5", "0.1k"],
+        4: ["plain", "\x1b[31m", "\x9b31m", "\u00e9\u0085"],
+        5: ["dir/a.qcow2|b", "json:{}|b", "nbd:x|b", "a|/x", "a|json:{}", "|x"],
+        6: ['{"driver":"raw","fil":{"driver":"memory","size":"1M"}}', '{"driver":"memory","size":65536}',
+            '{"driver":"null-co","read-zeroes":"on","cache":{"direct":true}}'],
+    }
+    for kind, some in texts.items():
+        for i, text in enumerate(some):
+            yield f"{kind}-{i}", bytes([kind]) + text.encode("latin-1")
+
+
+def main():
+    strata, folder = sys.argv[1:]
+    rng = random.Random(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    targets = {"qcow2_image": make_images(strata, folder, rng), "qcow2_ops": make_ops(rng),
+               "nbd_session": make_nbd(rng), "options": make_options()}
+    for target, seeds in targets.items():
+        os.makedirs(os.path.join(folder, target))
+        for seed, data in seeds:
+            with open(os.path.join(folder, target, seed), "wb") as f:
+                f.write(data)
+
+
+main()
