@@ -8,6 +8,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,15 @@ static void hold_standard_descriptors(void) {
         if (fcntl(fd, F_GETFD) < 0 && errno == EBADF &&
             open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) != fd)
             _exit(1);
+}
+
+/*
+ * glibc gives each thread a heap of its own, and reserves 64 MiB of addresses for each: with the
+ * offload pool's threads that alone breaks a limit on address space (ulimit -v) of 1 GiB.  Four
+ * serve as well: workers allocate little, and not while they compute.
+ */
+static void bound_heaps(void) {
+    mallopt(M_ARENA_MAX, 4);
 }
 
 static void log_to_stderr(void *arg, enum log_level level, const char *text) {
@@ -149,6 +159,7 @@ static int unknown_verb(const char *word) {
 
 int main(int argc, char **argv) {
     hold_standard_descriptors();
+    bound_heaps();
     signal(SIGPIPE, SIG_IGN);
     if (argc < 2) {
         cli_help_overview(stderr);
