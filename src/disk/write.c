@@ -18,6 +18,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/iov.h"
+#include "base/plant.h"
 #include "disk/engine.h"
 
 /* The part of a placement around the data: guest bytes of the same units, and their old content. */
@@ -31,7 +32,7 @@ struct edge {
 static int edge_read_co(struct node *n, const struct placement *p, struct edge *edge) {
     edge->buf = NULL;
     edge->skip = false;
-    if (!edge->length)
+    if (!edge->length || PLANTED(EDGES_NOT_COPIED))
         return 0;
     /* The last unit may stick out behind the end of the disk; those bytes must be zeros too, or a
      * later growth would show them. */
@@ -101,6 +102,15 @@ int write_locked_co(struct node *n, uint64_t offset, uint64_t length, const stru
         if (r < 0)
             return r;
         placement_check(n, offset + done, length - done, &p);
+        if (PLANTED(PUBLISH_BEFORE_DATA)) {
+            n->drv->format->publish_co(n, &p);
+            task_yield_co();
+            r = placement_write_co(n, &p, iov, niov, done, flags);
+            if (r < 0)
+                return r;
+            done += p.length;
+            continue;
+        }
         r = placement_write_co(n, &p, iov, niov, done, flags);
         if (r < 0) {
             if (n->drv->format->abandon)
@@ -147,13 +157,8 @@ static uint64_t units_end(const struct node *n, uint64_t end) {
 
 static int format_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
                              const struct iovec *iov, int niov, unsigned flags) {
-    /* Where the format keeps metadata, even a mapping that is already there may not be stable yet:
-     * then only a flush makes the write so. */
-    bool flush = flags & IO_FUA && n->drv->format->flush_co;
     uint64_t done = 0;
     struct range_req lock;
-    if (flush)
-        flags &= ~IO_FUA;
     range_lock_co(&n->locks, &lock, offset, length, false);
     int r = write_in_place_co(n, offset, length, iov, niov, flags, &done);
     range_unlock(&n->locks, &lock);
@@ -165,7 +170,7 @@ static int format_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
         r = write_locked_co(n, offset + done, length - done, rest, k, flags);
         range_unlock(&n->locks, &lock);
     }
-    return !r && flush ? disk_flush_co(n) : r;
+    return r;
 }
 
 static bool detects_zeroes(const struct node *n, unsigned flags) {
@@ -196,10 +201,14 @@ int disk_pwritev_co(struct node *n, uint64_t offset, uint64_t length, const stru
         return disk_zero_co(n, offset, length,
                             (n->flags & NODE_DETECT_UNMAP ? ZERO_MAY_UNMAP : 0) |
                                 (flags & IO_FUA ? ZERO_FUA : 0));
+    /* Where the format keeps metadata, even a mapping that is already there may not be stable yet:
+     * then only a flush makes the write so.  It is a request of its own, outside of this one:
+     * inside it would wait for a quiesce that waits for this one. */
+    bool flush = flags & IO_FUA && n->drv->format->flush_co && !PLANTED(FUA_WITHOUT_MAPPING);
     node_enter_co(n);
-    int r = format_pwritev_co(n, offset, length, iov, niov, flags);
+    int r = format_pwritev_co(n, offset, length, iov, niov, flush ? flags & ~IO_FUA : flags);
     node_leave(n);
-    return r;
+    return !r && flush ? disk_flush_co(n) : r;
 }
 
 int write_zeros_co(struct node *n, uint64_t offset, uint64_t length) {
