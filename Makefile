@@ -5,6 +5,7 @@
 #   make               build into build/
 #   make try           boot a real guest on a throw-away disk and show that nothing stays
 #   make test          every test, on a fresh machine too: setup, build, unit, cli, interop
+#   make crash         build the states that power cuts could leave, and judge each
 #   make bench         strata beside its peers, one table
 #   make asan          the build with AddressSanitizer and UBSan, into build-asan/
 #   make fuzz          the fuzz targets, FUZZ_SECONDS (60) each, built into build-fuzz/
@@ -37,6 +38,14 @@ test: setup all
 bench: setup all
 	@/usr/bin/python3 bench/run.py
 
+# The long form of the crash laboratory: CRASH_STATES for each workload, CRASH_SEEDS seeds.
+CRASH_STATES ?= 20000
+CRASH_SEEDS ?= 20
+crash: all
+	@for i in $$(seq $(CRASH_SEEDS)); do \
+	    $(BUILD)/tests/crash/lab -n $(CRASH_STATES) -s $$(od -An -N4 -tu4 /dev/urandom) || exit 1; \
+	done
+
 asan:
 	@test -f build-asan/build.ninja || meson setup build-asan \
 	    -Db_sanitize=address,undefined
@@ -61,4 +70,4 @@ install: all
 clean:
 	rm -rf $(BUILD) build-asan build-fuzz build-gcc build-clang
 
-.PHONY: all setup try test bench asan fuzz format-check format install clean
+.PHONY: all setup try test crash bench asan fuzz format-check format install clean

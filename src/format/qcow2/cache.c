@@ -15,6 +15,7 @@
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/iov.h"
+#include "base/plant.h"
 #include "disk/io.h"
 
 #define SLICES_MIN 64       /* below this many, concurrent requests would push each other out */
@@ -313,7 +314,7 @@ static void mark_dirty(struct qcow2_cache *c, struct qcow2_slice *s) {
 
 uint8_t *qcow2_slice_modify(struct qcow2_cache *c, struct qcow2_slice *s) {
     assert(!s->loading);
-    if (s->frozen_data == s->data) {
+    if (s->frozen_data == s->data && !PLANTED(FROZEN_SLICE_CHANGES)) {
         uint8_t *fresh = data_get(c);
         if (!fresh) {
             /* The one place that cannot fail; a slice is small and this is rare. */

@@ -36,6 +36,7 @@
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/iov.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -197,21 +198,28 @@ static int barrier_co(struct qcow2 *s) {
 
 static int picture_write_co(struct qcow2 *s, struct picture *p) {
     bool third = !list_empty(&p->reachable) || p->l1.count;
-    int r = write_slices_co(s, &p->refblocks);
-    if (!r)
+    int r = PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks);
+    if (!r && !PLANTED(L1_BEFORE_L2))
         r = write_slices_co(s, &p->fresh);
-    if (!r && (p->reftable.count || third))
+    if (!r && (p->reftable.count || third) && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = barrier_co(s);
     if (!r && p->reftable.count) {
         r = write_sectors_co(s, s->h.refcount_table_offset, &p->reftable);
-        if (!r && third)
+        if (!r && third && !PLANTED(NO_BARRIER_AFTER_REFTABLE))
             r = barrier_co(s);
     }
     if (!r)
         r = write_slices_co(s, &p->reachable);
-    if (!r)
+    if (!r && PLANTED(L1_BEFORE_L2))
+        r = write_slices_co(s, &p->fresh);
+    if (!r && !PLANTED(FLUSH_FORGETS_L1))
         r = write_sectors_co(s, s->h.l1_table_offset, &p->l1);
-    return r ? r : barrier_co(s);
+    if (!r && PLANTED(REFCOUNTS_LAST)) {
+        r = barrier_co(s);
+        if (!r)
+            r = write_slices_co(s, &p->refblocks);
+    }
+    return r || PLANTED(NO_LAST_BARRIER) ? r : barrier_co(s);
 }
 
 /* wb_lock is held. */

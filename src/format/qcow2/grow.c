@@ -25,6 +25,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/cleanup.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -177,7 +178,8 @@ static int name_table_co(struct qcow2 *s, uint64_t host, uint64_t clusters) {
 
 /* Writes everything that the new table depends on, the table, then the header that names it. */
 static int switch_table_co(struct qcow2 *s, const struct new_table *t) {
-    int r = qcow2_write_refblocks_co(s);
+    int r = PLANTED(REFTABLE_NAMED_EARLY) ? name_table_co(s, t->host, t->clusters)
+                                          : qcow2_write_refblocks_co(s);
     if (!r)
         r = write_blocks_co(s, t);
     if (!r)

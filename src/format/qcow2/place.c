@@ -25,6 +25,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/cleanup.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -78,7 +79,7 @@ static int new_table_co(struct qcow2 *s, uint64_t i1) {
         return r;
     if (old)
         r = copy_table_co(s, old, host);
-    else if (!virgin)
+    else if (!virgin && !PLANTED(TABLE_NOT_ZEROED))
         r = disk_zero_co(s->file, host, s->cluster_size, 0);
     if (!r)
         r = qcow2_meta_add(s, host, s->cluster_size);

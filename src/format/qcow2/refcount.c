@@ -25,6 +25,7 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -76,6 +77,8 @@ static void drop_one(struct qcow2 *s, uint64_t cluster, struct qcow2_slice *slic
     uint64_t count = qcow2_refcount_get(slice->data, index, s->refcount_order);
     if (!count || qcow2_is_meta(s, cluster << s->cluster_bits))
         return; /* a count that lies: nothing good comes of making it smaller */
+    if (PLANTED(CODED_FREED_WITH_NEIGHBOUR))
+        count = 1;
     count_set(s, slice, index, count - 1);
     if (count > 1)
         return;
@@ -347,10 +350,13 @@ static void release_run_co(struct qcow2 *s, uint64_t cluster, uint64_t count) {
         s->coded_pos = 0; /* rule 4, before the counts are looked at */
     while (count) {
         uint64_t n = unmap ? last_references_co(s, cluster, count) : count;
+        if (PLANTED(PUNCH_AFTER_FREE) && n)
+            qcow2_release_co(s, cluster, n);
         if (n && unmap) /* only a hint: errors do not matter */
             disk_discard_co(s->file, cluster << s->cluster_bits, n << s->cluster_bits);
         n = max_u64(n, 1);
-        qcow2_release_co(s, cluster, n); /* -EIO: a leak */
+        if (!PLANTED(PUNCH_AFTER_FREE) || !unmap)
+            qcow2_release_co(s, cluster, n); /* -EIO: a leak */
         cluster += n;
         count -= n;
     }
@@ -363,7 +369,7 @@ void qcow2_limbo_release_co(struct qcow2 *s, struct qcow2_limbo *l) {
 }
 
 void qcow2_limbo_settle_co(struct qcow2 *s) {
-    if (qcow2_ordered(s) || s->settling)
+    if ((qcow2_ordered(s) && !PLANTED(FREE_BEFORE_UNLINK)) || s->settling)
         return;
     s->settling = true;
     while (s->limbo.count) {

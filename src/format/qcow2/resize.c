@@ -20,6 +20,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/cleanup.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -109,7 +110,7 @@ static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
     if (!r)
         r = qcow2_meta_add(s, host, bytes);
     /* The new table's clusters are counted on storage before the header names it. */
-    if (!r)
+    if (!r && !PLANTED(RESIZE_NAMES_L1_EARLY))
         r = qcow2_flush_co(s->node);
     if (!r)
         r = write_size_co(s, size, entries, host);
