@@ -173,8 +173,15 @@ int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
         n->drv->format ? n->drv->format->resize_co : n->drv->storage->truncate_co;
     if (!resize)
         return err_set(e, ENOTSUP, "format '%s' cannot change its size", n->drv->name);
+    uint64_t old = n->size;
     node_quiesce_co(n);
     int r = resize(n, size, prealloc, e);
+    /* Where the image grows over a longer backing file, the old content there must not appear. */
+    if (!r && n->drv->format && n->backing && n->backing->size > old && size > old) {
+        r = format_zero_co(n, old, min_u64(size, n->backing->size) - old, ZERO_MAY_UNMAP);
+        if (r < 0)
+            err_errno(e, -r, "making the grown part read as zeros");
+    }
     n->map_generation++;
     node_resume(n);
     return r;

@@ -397,6 +397,27 @@ static void fua_on_a_known_place_flushes_the_format_too(void *arg) {
     node_unref_co(n);
 }
 
+static int grid_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    n->size = size;
+    return 0;
+}
+
+static void growth_over_a_longer_backing_reads_as_zeros(void *arg) {
+    struct node *base = grid_new(DISK, NULL), *n;
+    struct driver resizable = driver_grid;
+    struct format_ops ops = grid_ops;
+    put(base, 16, "abcdefghijklmnopabcdefghijklmnop");
+    base->flags &= ~NODE_RW;
+    n = grid_new(20, base);
+    ops.resize_co = grid_resize_co;
+    resizable.format = &ops;
+    n->drv = &resizable;
+    assert_int_equal(disk_resize_co(n, 40, 0, NULL), 0);
+    expect(n, 16, "abcd....................");
+    n->drv = &driver_grid;
+    node_unref_co(n);
+}
+
 static void quiesce_waits_for_requests_and_holds_new_ones(void *arg) {
     struct node *n = grid_new(DISK, NULL);
     struct half h = {n, 0, "late"};
@@ -438,6 +459,7 @@ int main(void) {
         SCENE(a_chain_of_a_hundred_layers_reads_and_tells_its_depth),
         SCENE(unaligned_requests_reach_direct_storage_aligned),
         SCENE(fua_on_a_known_place_flushes_the_format_too),
+        SCENE(growth_over_a_longer_backing_reads_as_zeros),
         SCENE(quiesce_waits_for_requests_and_holds_new_ones),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
