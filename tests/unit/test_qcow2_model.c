@@ -175,10 +175,15 @@ static const struct storage_ops disk_ops = {.preadv_co = disk_read_co,
                                             .flush_co = disk_sync_co,
                                             .discard_co = disk_trim_co,
                                             .truncate_co = disk_truncate_co};
+static int disk_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
+    return 0;
+}
+
 static const struct driver driver_disk = {.name = "forgetful",
                                           .kind = DRIVER_STORAGE,
                                           .state_size = sizeof(struct disk),
                                           .close_co = disk_close_co,
+                                          .reopen_co = disk_reopen_co,
                                           .storage = &disk_ops};
 
 static struct node *disk_new(uint64_t capacity, unsigned flags) {
@@ -619,6 +624,104 @@ static void run(struct shape sh) {
     }
 }
 
+/* ---------------------------------------------------------------- smaller matters */
+
+static const struct shape small = {.options = "\"cluster_size\": 512", .size = MIB};
+
+static void backing_is_recorded(void *arg) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *file = make_image(&small), *n = open_on(node_ref(file), OPEN_RW, NULL);
+    uint64_t word = 77, got = 0;
+    char long_name[600];
+    assert_int_equal(disk_pwrite_co(n, 4096, &word, 8), 0);
+    assert_int_equal(driver_qcow2.format->set_backing_co(n, "base.raw", "raw", &e), 0);
+    assert_string_equal(n->backing_name, "base.raw");
+    /* Too long for the first cluster: refused, and the old one stays. */
+    memset(long_name, 'x', sizeof(long_name));
+    long_name[sizeof(long_name) - 1] = 0;
+    assert_int_equal(driver_qcow2.format->set_backing_co(n, long_name, "raw", &e), -ENOSPC);
+    assert_string_equal(n->backing_name, "base.raw");
+    node_unref_co(n);
+
+    n = open_on(node_ref(file), OPEN_RW, NULL);
+    assert_string_equal(n->backing_name, "base.raw");
+    assert_string_equal(n->backing_format, "raw");
+    assert_int_equal(disk_pread_co(n, 4096, &got, 8), 0);
+    assert_int_equal(got, 77);
+    assert_int_equal(driver_qcow2.format->set_backing_co(n, NULL, NULL, &e), 0);
+    assert_null(n->backing_name);
+    node_unref_co(n);
+
+    n = open_on(file, OPEN_CHECK, NULL);
+    assert_null(n->backing_name);
+    check(n, "without the name", true);
+    node_unref_co(n);
+}
+
+static void reopening_writes_back_and_writes_again(void *arg) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *file = make_image(&small), *n = open_on(node_ref(file), OPEN_RW, NULL);
+    uint64_t word = 5, got = 0;
+    assert_int_equal(disk_pwrite_co(n, 4096, &word, 8), 0);
+    assert_int_equal(node_reopen_co(n, false, &e), 0);
+    assert_int_equal(disk_pwrite_co(n, 4096, &word, 8), -EROFS);
+    struct node *other = open_on(disk_after_cut(file), OPEN_CHECK, NULL);
+    check(other, "while read-only", true);
+    assert_int_equal(disk_pread_co(other, 4096, &got, 8), 0);
+    assert_int_equal(got, 5);
+    node_unref_co(other);
+    assert_int_equal(node_reopen_co(n, true, &e), 0);
+    word = 6;
+    assert_int_equal(disk_pwrite_co(n, 512 * 1024, &word, 8), 0);
+    assert_int_equal(disk_pread_co(n, 4096, &got, 8), 0);
+    assert_int_equal(got, 5);
+    node_unref_co(n);
+    n = open_on(file, OPEN_CHECK, NULL);
+    check(n, "at the end", true);
+    assert_int_equal(disk_pread_co(n, 512 * 1024, &got, 8), 0);
+    assert_int_equal(got, 6);
+    node_unref_co(n);
+}
+
+/* Two flushes at once are served by as many write-backs as it takes, not by one each. */
+static void one_flush(void *arg) {
+    unsigned *left = ((void **)arg)[1];
+    assert_int_equal(disk_flush_co(((void **)arg)[0]), 0);
+    --*left;
+}
+
+static void flushes_share_a_write_back(void *arg) {
+    struct node *file = make_image(&small), *n = open_on(node_ref(file), OPEN_RW, NULL);
+    unsigned left = 20;
+    void *args[2] = {n, &left};
+    uint64_t word = 5;
+    assert_int_equal(disk_pwrite_co(n, 4096, &word, 8), 0);
+    unsigned before = ((struct disk *)file->state)->flushes;
+    for (unsigned i = 0; i < 20; i++)
+        task_spawn(loop_self(), one_flush, args);
+    while (left)
+        task_yield_co();
+    /* The first runs alone, the others share: at most 3 barriers each. */
+    assert_in_range(((struct disk *)file->state)->flushes - before, 2, 6);
+    node_unref_co(n);
+    node_unref_co(file);
+}
+
+static void in_a_loop(task_fn *fn) {
+    struct loop *loop;
+    struct err e AUTO_ERR = ERR_INIT;
+    assert_int_equal(loop_new(LOOP_AUTO, &loop, &e), 0);
+    loop_run(loop, fn, NULL);
+    loop_free(loop);
+}
+#define SMALL(fn)                                                                                  \
+    static void test_##fn(void **state) {                                                          \
+        in_a_loop(fn);                                                                             \
+    }
+SMALL(backing_is_recorded)
+SMALL(reopening_writes_back_and_writes_again)
+SMALL(flushes_share_a_write_back)
+
 #define CLUSTERS(bytes, more) "\"cluster_size\": " #bytes more
 #define BITS(n) ", \"refcount_bits\": " #n
 #define V2 ", \"compat\": \"0.10\""
@@ -672,6 +775,9 @@ int main(void) {
     rng_state = seed ? strtoull(seed, NULL, 0) : (uint64_t)time(NULL) * 2654435761u + 1;
     rounds = times ? (unsigned)atoi(times) : 1;
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_backing_is_recorded),
+        cmocka_unit_test(test_reopening_writes_back_and_writes_again),
+        cmocka_unit_test(test_flushes_share_a_write_back),
         cmocka_unit_test(clusters_of_512),
         cmocka_unit_test(clusters_of_4k),
         cmocka_unit_test(clusters_of_64k),
