@@ -17,13 +17,13 @@ common=(-entropic=0 -timeout=25 -rss_limit_mb=512 -max_total_time="$seconds")
 options() {
     case $1 in
     qcow2_image) echo "-max_len=16384 -dict=tests/fuzz/qcow2.dict" ;;
-    qcow2_ops) echo "-max_len=2048" ;;
+    qcow2_ops | qcow2_tasks) echo "-max_len=2048" ;;
     nbd_session) echo "-max_len=8192 -dict=tests/fuzz/nbd.dict" ;;
     options) echo "-max_len=2048 -dict=tests/fuzz/options.dict" ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- qcow2_image qcow2_ops nbd_session options
+[ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session options
 status=0
 mkdir -p build-fuzz/found
 for t; do

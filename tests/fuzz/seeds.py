@@ -75,6 +75,12 @@ def make_ops(rng):
             yield f"{bits}-{flags}", head + rng.randbytes(rng.randrange(50, 500))
 
 
+def make_tasks(rng):
+    for bits in range(6):
+        for flags in (0, 1, 2, 4, 8, 16, 6, 18, 20, 24, 28):
+            yield f"{bits}-{flags}", bytes([bits, flags, 4, 60]) + rng.randbytes(rng.randrange(60, 400))
+
+
 def option(number, data=b""):
     return b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data
 
@@ -134,6 +140,7 @@ def main():
     rng = random.Random(1)
     shutil.rmtree(folder, ignore_errors=True)
     targets = {"qcow2_image": make_images(strata, folder, rng), "qcow2_ops": make_ops(rng),
+               "qcow2_tasks": make_tasks(rng),
                "nbd_session": make_nbd(rng), "options": make_options()}
     for target, seeds in targets.items():
         os.makedirs(os.path.join(folder, target))
