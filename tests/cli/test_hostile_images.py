@@ -15,16 +15,18 @@ import sys
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path[:0] = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+from conftest import sanitized  # noqa: E402
 from images import NOT_DISKS, assert_one_line_error, without_root  # noqa: E402
 from test_info_qcow2 import LIES  # noqa: E402
 
 CLUSTER = 65536
+SANITIZED = sanitized()
 
 
 def bounded():
     """Before exec: limits of memory and time.  AddressSanitizer reserves terabytes of addresses."""
-    if "ASAN_OPTIONS" not in os.environ and "asan" not in os.environ.get("BUILD", ""):
+    if not SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
 
@@ -435,6 +437,7 @@ def test_a_huge_claim_costs_nothing(strict, make, tmp_path):
     strict("check", path, status=None)
 
 
+@pytest.mark.plain_build
 def test_convert_compresses_within_a_gibibyte_of_addresses(strict, run, tmp_path):
     """Threads of the pool must not each reserve 64 MiB of addresses for their own heap."""
     src = tmp_path / "src.raw"

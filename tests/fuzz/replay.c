@@ -3,8 +3,7 @@
  * A fuzz target without a fuzzer: fuzz-replay-NAME [-m MUTATIONS] [-t SECONDS] FILE|FOLDER...
  *
  * Runs every file (in the order of their names), then that many mutations of them, with fixed
- * seeds, as far as the time goes.  The input that is being run lies in a file (named at the start
- * of an abort by the shell that started us): -o FILE keeps the last mutation there.
+ * seeds, as far as the time goes.  -o FILE: the input that ended in an abort is kept there.
  */
 #include "fuzz.h"
 
@@ -164,7 +163,9 @@ int main(int argc, char **argv) {
     for (int i = optind; i < argc; i++)
         load(argv[i]);
     signal(SIGABRT, on_abort);
+#ifndef __SANITIZE_ADDRESS__ /* which has more to say about it */
     signal(SIGSEGV, on_abort);
+#endif
     for (unsigned i = 0; i < count; i++) {
         running = inputs[i].data;
         running_len = inputs[i].size;
