@@ -186,6 +186,13 @@ struct format_ops {
      */
     int (*set_backing_co)(struct node *n, const char *name, const char *format, struct err *e);
 
+    /*
+     * Drops all guest data: every range becomes a hole, and the room is given back.  Called
+     * quiesced, on a read-write node.  -ENOTSUP: not in this image, nothing has changed.  NULL: not
+     * in this format.
+     */
+    int (*empty_co)(struct node *n, struct err *e);
+
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);

@@ -21,6 +21,9 @@ int qcow2_measure(const void *create_opts, uint64_t size, uint64_t data, struct 
                              size, true, &l, e);
     if (r)
         return r;
+    /* Room given ahead is there from the start. */
+    if (o->preallocation == PREALLOC_FALLOC || o->preallocation == PREALLOC_FULL)
+        data = size;
     uint64_t data_clusters = min_u64(div_up(data, o->cluster_size), l.data_clusters);
     out->fully_allocated = l.file_length;
     out->required = l.file_length - (l.data_clusters - data_clusters) * o->cluster_size;

@@ -353,6 +353,7 @@ static const struct format_ops qcow2_format = {
     .resize_co = qcow2_resize_co,
     .flush_co = qcow2_flush_co,
     .set_backing_co = qcow2_set_backing_co,
+    .empty_co = qcow2_empty_co,
     .check_co = qcow2_check_co,
     .describe = qcow2_describe,
     .measure = qcow2_measure,

@@ -12,8 +12,9 @@
  *      grow.c       new refcount blocks, growth of the refcount table
  *      place.c      room for writes: place, publish, abandon; L2 tables made and copied
  *      zero.c       set_zero and discard
+ *      cut.c        dropping all mappings behind an offset
  *      flush.c      the ordered write-back of everything dirty
- *      resize.c     growth
+ *      resize.c     growth, shrinking
  *      check.c codec.c create.c measure.c describe.c
  *
  * Invariants
@@ -207,6 +208,15 @@ int qcow2_make_room_co(struct qcow2 *s);
 /* ---- zero.c ---- */
 int qcow2_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
 int qcow2_discard_co(struct node *n, uint64_t offset, uint64_t length);
+/* Whole clusters become holes whatever lies below; the range may reach behind the disk's end. */
+int qcow2_make_holes_co(struct qcow2 *s, uint64_t offset, uint64_t length);
+
+/* ---- cut.c ---- */
+/* Everything from guest offset `from` (rounded up to a cluster) becomes a hole; quiesced. */
+int qcow2_cut_co(struct qcow2 *s, uint64_t from);
+/* Writes back, then ends the file behind the last cluster in use where storage can. */
+int qcow2_trim_file_co(struct qcow2 *s);
+int qcow2_empty_co(struct node *n, struct err *e);
 
 /* ---- resize.c ---- */
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Growth, and room given ahead of writes.
+ * Growth, shrinking, and room given ahead of writes.
  *
  * The new size takes effect on storage by one write of the header fields that stand side by side
  * (size, L1 entries, L1 offset).  Before it everything that it names is on stable storage; after it
@@ -11,6 +11,11 @@
  *  - Else a new table is allocated in one piece and written whole.
  *
  * Bytes behind the old end, in the same cluster, become visible: they are made zeros first.
+ *
+ * Shrinking drops what lies behind the new end and makes that durable, and then writes the new
+ * size; so growing again later never brings old data back.  A crash in between leaves the old size
+ * with the part that was to be lost lost.  The L1 table keeps its length: entries behind the end
+ * are empty and allowed.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -23,40 +28,74 @@
 #include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
+#include "runtime/loop.h"
 
-/* A copy of the last cluster of its own, zeros behind the `used` bytes at `host`. */
-static int copy_last_co(struct qcow2 *s, uint64_t start, uint32_t used, uint64_t host) {
+/* buf becomes the last cluster, with zeros behind its `used` bytes, in a place of its own. */
+static int rewrite_last_co(struct qcow2 *s, uint64_t start, uint32_t used, uint8_t *buf) {
     struct placement p;
-    uint8_t *buf = buf_get(s->cluster_size);
-    if (!buf)
-        return -ENOMEM;
-    int r = disk_pread_co(s->file, host, buf, used);
     memset(buf + used, 0, s->cluster_size - used);
-    if (!r)
-        r = qcow2_place_co(s->node, start, used, 0, 0, &p);
-    if (!r) {
-        r = disk_pwrite_co(s->file, p.host_offset, buf, s->cluster_size);
-        if (r < 0)
-            qcow2_abandon(s->node, &p);
-        else
-            r = qcow2_publish_co(s->node, &p);
-    }
-    buf_put(buf, s->cluster_size);
+    int r = qcow2_place_co(s->node, start, used, 0, 0, &p);
+    if (r < 0)
+        return r;
+    r = disk_pwrite_co(s->file, p.host_offset, buf, s->cluster_size);
+    if (r < 0)
+        qcow2_abandon(s->node, &p);
+    else
+        r = qcow2_publish_co(s->node, &p);
     return r;
 }
 
-/* Makes the rest of the last cluster read as zeros. */
+struct decode {
+    const struct codec *codec;
+    const uint8_t *in;
+    uint8_t *out;
+    uint32_t in_length, out_length;
+};
+
+static int decode_worker(void *arg) {
+    const struct decode *d = arg;
+    return d->codec->decode(d->in, d->in_length, d->out, d->out_length);
+}
+
+/* The decoded cluster in buf. */
+static int read_coded_co(struct qcow2 *s, const struct extent *x, uint8_t *buf) {
+    struct decode d = {.codec = s->node->codec,
+                       .in_length = x->coded_length,
+                       .out = buf,
+                       .out_length = s->cluster_size};
+    uint8_t *code = d.codec ? malloc(x->coded_length) : NULL;
+    int r = code ? disk_pread_co(s->file, x->host_offset, code, x->coded_length) : -ENOMEM;
+    d.in = code;
+    if (!r)
+        r = offload_co(decode_worker, &d);
+    free(code);
+    return r;
+}
+
+/*
+ * Makes the rest of the last cluster read as zeros: it holds what was there before the disk was cut
+ * off in its middle.
+ */
 static int zero_tail_co(struct qcow2 *s, uint64_t size) {
     struct extent x;
     uint32_t used = size & (s->cluster_size - 1);
     if (!used)
         return 0;
     int r = qcow2_map_co(s->node, size - used, used, &x);
-    if (r < 0 || x.kind != EXTENT_DATA)
-        return r; /* coded clusters end in zeros, and the others have no bytes */
-    if (!(x.flags & EXTENT_IN_PLACE)) /* shared with a snapshot */
-        return copy_last_co(s, size - used, used, x.host_offset);
-    return disk_zero_co(s->file, x.host_offset + used, s->cluster_size - used, 0);
+    if (r < 0 || (x.kind != EXTENT_DATA && x.kind != EXTENT_CODED))
+        return r; /* the others have no bytes */
+    if (x.kind == EXTENT_DATA && x.flags & EXTENT_IN_PLACE)
+        return disk_zero_co(s->file, x.host_offset + used, s->cluster_size - used, 0);
+    uint8_t *buf = buf_get(s->cluster_size);
+    if (!buf)
+        return -ENOMEM;
+    /* Shared with a snapshot, or coded: a fresh copy. */
+    r = x.kind == EXTENT_CODED ? read_coded_co(s, &x, buf)
+                               : disk_pread_co(s->file, x.host_offset, buf, used);
+    if (!r)
+        r = rewrite_last_co(s, size - used, used, buf);
+    buf_put(buf, s->cluster_size);
+    return r;
 }
 
 static int barrier_co(struct qcow2 *s) {
@@ -132,11 +171,6 @@ static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
 
 static int check_size(const struct qcow2 *s, uint64_t size, struct err *e) {
     uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, size);
-    if (size < s->h.size) {
-        err_set(e, ENOTSUP, "the image cannot be made smaller (from %" PRIu64 " to %" PRIu64 ")",
-                s->h.size, size);
-        return -ENOTSUP;
-    }
     if (entries > QCOW2_L1_BYTES_MAX / 8)
         return err_set(e, EFBIG,
                        "size %" PRIu64 " needs an L1 table of %" PRIu64
@@ -148,6 +182,19 @@ static int check_size(const struct qcow2 *s, uint64_t size, struct err *e) {
     return 0;
 }
 
+static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
+    uint64_t old = s->h.size;
+    int r = qcow2_cut_co(s, size);
+    if (!r)
+        r = qcow2_writeback_all_co(s);
+    if (!r)
+        r = write_size_co(s, size, s->l1_entries, s->h.l1_table_offset);
+    if (r < 0)
+        return err_errno(e, -r, "shrinking the disk from %" PRIu64 " to %" PRIu64, old, size);
+    s->h.size = s->node->size = size;
+    return qcow2_trim_file_co(s);
+}
+
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
@@ -157,6 +204,8 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
     int r = check_size(s, size, e);
     if (r < 0 || size == old)
         return r;
+    if (size < old)
+        return shrink_co(s, size, e);
     r = zero_tail_co(s, old);
     if (!r)
         r = qcow2_writeback_all_co(s);

@@ -2,7 +2,7 @@
 /*
  * Changes of the map alone: ranges that read as zeros, and ranges that nobody needs.
  *
- * Both walk the entries slice by slice and ask one function, changed_entry(), what each becomes:
+ * They walk the entries slice by slice and ask one function, changed_entry(), what each becomes:
  *
  *      entry was              set_zero            set_zero MAY_UNMAP   discard
  *      hole, layer below      zero flag           zero flag            stays (old content)
@@ -29,6 +29,7 @@
 
 struct change {
     bool discard, unmap;
+    bool hole; /* every entry becomes a hole, for cut.c; goes with `discard` */
 };
 
 /* What `entry` becomes; the same value: no change.  -ENOTSUP, -EIO. */
@@ -36,8 +37,13 @@ static int changed_entry(const struct qcow2 *s, const struct change *c, uint64_t
                          uint64_t *out) {
     bool flags = s->h.version >= 3;
     uint64_t dropped = flags && (qcow2_has_backing(s) || !c->discard) ? QCOW2_ZERO : 0;
+    enum qcow2_cluster_kind kind = qcow2_classify(s->h.version, s->cluster_bits, entry);
     *out = entry;
-    switch (qcow2_classify(s->h.version, s->cluster_bits, entry)) {
+    if (c->hole && kind != QCOW2_CLUSTER_BAD) {
+        *out = 0;
+        return 0;
+    }
+    switch (kind) {
     case QCOW2_CLUSTER_BAD:
         return -EIO;
     case QCOW2_CLUSTER_NONE:
@@ -143,5 +149,10 @@ int qcow2_discard_co(struct node *n, uint64_t offset, uint64_t length) {
     const struct change c = {.discard = true, .unmap = true};
     if (s->h.version < 3 && qcow2_has_backing(s))
         return 0;
+    return change_range_co(s, &c, offset, length);
+}
+
+int qcow2_make_holes_co(struct qcow2 *s, uint64_t offset, uint64_t length) {
+    const struct change c = {.discard = true, .unmap = true, .hole = true};
     return change_range_co(s, &c, offset, length);
 }
