@@ -20,11 +20,14 @@
 #include "disk/io.h"
 #include "disk/node.h"
 
-/* The overlay's first hole in [*pos, end): its run in *pos and *length, which is 0 for none. */
+/*
+ * The first run in [*pos, end) that no layer holds, in *pos and *length, which is 0 for none.  The
+ * range lies behind the base's end, so it is the layers above that are asked.
+ */
 static int next_hole_co(struct node *overlay, uint64_t end, uint64_t *pos, uint64_t *length) {
     for (*length = 0; *pos < end; *pos += *length) {
         struct status st;
-        int r = disk_status_co(overlay, *pos, end - *pos, STATUS_TOP_ONLY, &st);
+        int r = disk_status_co(overlay, *pos, end - *pos, 0, &st);
         if (r < 0)
             return r;
         *length = st.length;
@@ -83,10 +86,21 @@ static int grow_base_co(struct node *overlay, struct node *base, struct err *e) 
     return 0;
 }
 
+/* How many layers lie above `base`; 0: it is not below `overlay`. */
+static unsigned layers_above(const struct node *overlay, const struct node *base) {
+    unsigned n = 0;
+    for (const struct node *l = overlay; l; l = l->backing, n++)
+        if (l == base)
+            return n;
+    return 0;
+}
+
 static int write_base_co(struct node *overlay, struct node *base, const struct copy_opts *opts,
                          struct err *e) {
     struct copy_opts o = *opts;
-    o.top_only = true;
+    unsigned layers = layers_above(overlay, base);
+    o.top_only = layers == 1; /* cheaper: nobody is asked below the overlay */
+    o.layers = layers == 1 ? 0 : layers;
     o.target_is_zero = false;
     o.compress = false;
     if (!o.sparse_bytes)
@@ -104,9 +118,15 @@ static int write_base_co(struct node *overlay, struct node *base, const struct c
 }
 
 int commit_run_co(struct node *overlay, const struct copy_opts *opts, struct err *e) {
-    struct node *base = overlay->backing;
-    if (!base)
+    if (!overlay->backing)
         return err_set(e, EINVAL, "%s has no backing file to commit to", overlay->filename);
+    return commit_into_co(overlay, overlay->backing, opts, e);
+}
+
+int commit_into_co(struct node *overlay, struct node *base, const struct copy_opts *opts,
+                   struct err *e) {
+    if (!layers_above(overlay, base))
+        return err_set(e, EINVAL, "%s is not below %s", base->filename, overlay->filename);
 
     bool was_rw = node_is_rw(base);
     if (!was_rw) {
@@ -126,4 +146,19 @@ int commit_run_co(struct node *overlay, const struct copy_opts *opts, struct err
         err_clear(&back);
     }
     return r;
+}
+
+int commit_empty_co(struct node *overlay, struct err *e) {
+    if (!overlay->drv->format->empty_co)
+        return err_set(e, ENOTSUP, "format '%s' cannot be emptied", overlay->drv->name);
+    node_quiesce_co(overlay);
+    int r = overlay->drv->format->empty_co(overlay, e);
+    overlay->map_generation++;
+    node_resume(overlay);
+    if (r == 0) {
+        r = disk_flush_co(overlay);
+        if (r < 0)
+            err_errno(e, -r, "flushing");
+    }
+    return r < 0 ? err_prefix(e, "emptying %s", overlay->filename) : 0;
 }

@@ -28,6 +28,7 @@ struct copy_opts {
     uint32_t sparse_bytes; /* runs of zeros of at least this become holes; 0: copy all as data */
     bool target_is_zero;   /* target reads as zeros: zero runs need no write */
     bool top_only;         /* copy only what the top layer of the source holds (commit) */
+    unsigned layers;       /* the same for this many top layers; 0: says top_only */
     bool salvage;          /* unreadable ranges become zeros, reported */
     uint64_t rate_bytes;   /* per second; 0: unlimited */
     const bool *cancel;    /* looked at between chunks; NULL: never */
@@ -49,5 +50,17 @@ int copy_run_co(struct node *src, struct node *dst, uint64_t length, uint64_t ds
  * base is read-only again afterwards.
  */
 int commit_run_co(struct node *overlay, const struct copy_opts *opts, struct err *e);
+/*
+ * The same into `base`, any layer below `overlay`: what the layers in between hold goes along.
+ * -EINVAL when it is not one.  Layers in between read differently afterwards.
+ */
+int commit_into_co(struct node *overlay, struct node *base, const struct copy_opts *opts,
+                   struct err *e);
+/*
+ * After a commit: drops what `overlay` (read-write) holds, so that it reads as its backing file,
+ * and flushes.  Killed on the way it reads the same at every moment, as the backing file holds it
+ * all by then.  -ENOTSUP when its format cannot.
+ */
+int commit_empty_co(struct node *overlay, struct err *e);
 
 #endif

@@ -25,10 +25,30 @@ enum {
 static const uint64_t ZERO_WINDOW_MAX = (uint64_t)1 << 30;
 static const uint64_t STATUS_MAX = (uint64_t)1 << 32;
 
+/* Below the end of a shorter backing file a hole means zeros, not "ask below". */
+static enum copy_kind top_hole_kind(const struct copy_job *j, uint64_t pos, uint64_t *len) {
+    struct node *b = j->src->backing;
+    uint64_t below = b ? b->size : 0;
+    if (pos >= below)
+        return COPY_ZERO;
+    *len = min_u64(*len, below - pos);
+    return COPY_SKIP;
+}
+
+/*
+ * `layers` top layers are ours.  A run that nobody holds has the depth of the layer that ended
+ * before it: when that is one of ours, or the first below them, the run reads as zeros whatever
+ * the layers below hold.
+ */
+static bool is_below(const struct copy_job *j, const struct status *st) {
+    return st->present ? st->depth >= j->opts->layers : st->depth > j->opts->layers;
+}
+
 /* One answer of the map at `pos`, as the copy sees it. */
 static int classify_co(struct copy_job *j, uint64_t pos, enum copy_kind *kind, uint64_t *end,
                        bool *plain) {
-    unsigned flags = STATUS_PRECISE | (j->opts->top_only ? STATUS_TOP_ONLY : 0);
+    bool top_only = j->opts->top_only && !j->opts->layers;
+    unsigned flags = STATUS_PRECISE | (top_only ? STATUS_TOP_ONLY : 0);
     uint64_t ask = min_u64(j->length - pos, STATUS_MAX);
     struct status st;
     int r = disk_status_co(j->src, pos, ask, flags, &st);
@@ -36,19 +56,12 @@ static int classify_co(struct copy_job *j, uint64_t pos, enum copy_kind *kind, u
         return r;
 
     uint64_t len = min_u64(st.length, ask);
-    if (j->opts->top_only && !st.present) {
-        /* Below the end of a shorter backing file a hole means zeros, not "ask below". */
-        struct node *b = j->src->backing;
-        uint64_t below = b ? b->size : 0;
-        if (pos < below) {
-            *kind = COPY_SKIP;
-            len = min_u64(len, below - pos);
-        } else {
-            *kind = COPY_ZERO;
-        }
-    } else {
-        *kind = st.zero ? COPY_ZERO : COPY_DATA;
-    }
+    if (top_only && !st.present)
+        *kind = top_hole_kind(j, pos, &len);
+    else if (j->opts->layers && is_below(j, &st))
+        *kind = COPY_SKIP;
+    else
+        *kind = st.zero || !st.present ? COPY_ZERO : COPY_DATA;
     *plain = st.storage && !st.coded;
     *end = pos + len;
     return 0;
@@ -59,7 +72,7 @@ static int need_run_co(struct copy_job *j, uint64_t pos) {
         return 0;
     int r = classify_co(j, pos, &j->run_kind, &j->run_end, &j->run_plain);
     /* Damaged metadata under salvage: let the read find out where it hurts. */
-    if (r < 0 && j->opts->salvage && !j->opts->top_only) {
+    if (r < 0 && j->opts->salvage && !j->opts->top_only && !j->opts->layers) {
         j->run_kind = COPY_DATA;
         j->run_plain = false;
         j->run_end = min_u64(j->length, pos + COPY_CHUNK);
