@@ -17,6 +17,7 @@
 #include "base/size.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 
 static void *field(const struct cli_opt *o, struct verb_ctx *ctx) {
     return (char *)ctx->args + o->offset;
@@ -119,6 +120,8 @@ struct cursor {
 /* The value of option `shown`: what is attached, or the next argument. */
 static int take_value(struct verb_ctx *ctx, struct cursor *c, const struct cli_opt *o,
                       const char *shown, char *attached, char **out) {
+    if (!attached && c->i + 1 >= c->argc && dialect_is_qemu())
+        return dialect_usage(ctx, "missing argument for option '%s'", shown);
     if (!attached && c->i + 1 >= c->argc)
         return err_set(&ctx->err, EINVAL, "option '%s' needs a value (%s)", shown, o->metavar);
     *out = attached ? attached : c->argv[++c->i];
@@ -126,6 +129,8 @@ static int take_value(struct verb_ctx *ctx, struct cursor *c, const struct cli_o
 }
 
 static int unknown_long(struct verb_ctx *ctx, const char *name) {
+    if (dialect_is_qemu())
+        return dialect_usage(ctx, "unrecognized option '--%s'", name);
     struct str_nearest near = {0};
     for_each_row(o, ctx->verb) if (o->name) str_nearest_offer(&near, name, o->name);
     str_nearest_offer(&near, name, "help");
@@ -141,10 +146,14 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     char *name AUTO_FREE = xstrndup(arg, eq ? (size_t)(eq - arg) : strlen(arg));
     const struct cli_opt *row = NULL;
     for_each_row(o, ctx->verb) if (o->name && !strcmp(o->name, name)) row = o;
+    if (!row)
+        row = dialect_row(ctx->verb, 0, name);
     if (!row && !eq && !strcmp(name, "help")) {
         c->help = true;
         return 0;
     }
+    if (!row)
+        row = dialect_abbreviated(ctx->verb, name);
     if (!row)
         return unknown_long(ctx, name);
     char *shown AUTO_FREE = xasprintf("--%s", name), *value = NULL;
@@ -163,10 +172,14 @@ static int parse_letters(struct verb_ctx *ctx, struct cursor *c) {
     for (char *p = c->argv[c->i] + 1; *p; p++) {
         const struct cli_opt *row = NULL;
         for_each_row(o, ctx->verb) if (o->letter == *p) row = o;
+        if (!row)
+            row = dialect_row(ctx->verb, *p, NULL);
         if (!row && *p == 'h') {
             c->help = true;
             continue;
         }
+        if (!row && dialect_is_qemu())
+            return dialect_usage(ctx, "unrecognized option '-%c'", *p);
         if (!row) {
             char *safe AUTO_FREE = cli_safe(p);
             /* All of the word when it looks like a long option with one dash lost. */
@@ -193,6 +206,9 @@ static int parse_letters(struct verb_ctx *ctx, struct cursor *c) {
 
 static int check_positionals(struct verb_ctx *ctx) {
     const struct verb *v = ctx->verb;
+    bool fits = ctx->pos_n >= v->pos_min && (v->pos_max < 0 || ctx->pos_n <= v->pos_max);
+    if (!fits && dialect_is_qemu())
+        return dialect_bad_positionals(ctx);
     if (ctx->pos_n < v->pos_min)
         return err_set(&ctx->err, EINVAL, "arguments are missing: %s takes %s", v->name,
                        v->synopsis);
@@ -221,7 +237,8 @@ int cli_parse(struct verb_ctx *ctx, int argc, char **argv, bool *help) {
                     ctx->pos[ctx->pos_n++] = argv[c.i];
         } else if (!strncmp(arg, "--", 2)) {
             rc = parse_long(ctx, &c);
-        } else if (arg[0] == '-' && arg[1]) {
+        } else if (arg[0] == '-' && arg[1] &&
+                   !(v->pos_negative && isdigit((unsigned char)arg[1]))) {
             rc = parse_letters(ctx, &c);
         } else {
             ctx->pos[ctx->pos_n++] = arg;

@@ -187,6 +187,7 @@ struct verb {
     const char *summary;  /* one line, lower case, no full stop */
     const char *synopsis; /* positional arguments: "FILE", "SOURCE... TARGET" */
     int pos_min, pos_max; /* pos_max -1: any number */
+    bool pos_negative;    /* "-5" and "-1G" are positional arguments, not options */
     /* What may follow "--", e.g. "QEMU-ARGUMENT..."; NULL: "--" only ends the options. */
     const char *rest;
     const struct cli_opt *opts; /* ends in CLI_END; NULL: none */
@@ -236,6 +237,9 @@ int cli_print_create_help(struct verb_ctx *ctx, const char *format);
  * For verbs that go on after an error; what a hook returns is printed by main.
  */
 void cli_print_error(const struct verb_ctx *ctx, const struct err *e);
+/* The same form without "warning". */
+void cli_print_note(const struct verb_ctx *ctx, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
 void cli_print_warning(const struct verb_ctx *ctx, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
@@ -254,6 +258,8 @@ void cli_print_json(json_t *j);
 
 /* ---------------------------------------------------------------- the frame's own (main, help) */
 
+/* Parses, runs, reports: the exit status. */
+int cli_verb_main(const struct verb *v, int argc, char **argv);
 int cli_parse(struct verb_ctx *ctx, int argc, char **argv, bool *help);
 void cli_parse_free(struct verb_ctx *ctx);
 void cli_help_overview(FILE *out);

@@ -13,6 +13,7 @@
 #include "base/opt.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "disk/driver.h"
 #include "disk/open.h"
 
@@ -36,10 +37,12 @@ int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *
         .format = image->format,
         .flags = open_flags | (image->force_share ? OPEN_FORCE_SHARE : 0),
         .cache = image->cache,
-        .gate = image->trust,
+        .gate = dialect_is_qemu() ? GATE_ANY : (enum gate)image->trust,
     };
     int rc = node_open_co(&req, out, &ctx->err);
     json_decref(tree);
+    if (rc < 0)
+        dialect_open_error(ctx, name, image->format, "Could not open");
     return rc;
 }
 
@@ -94,8 +97,8 @@ char *cli_safe(const char *name) {
 
 static void print_line(const struct verb_ctx *ctx, const char *kind, const char *text) {
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
-    strbuf_puts(&b, "strata: ");
-    if (ctx && ctx->verb)
+    strbuf_puts(&b, cli_words("strata: ", "qemu-img: "));
+    if (ctx && ctx->verb && !dialect_is_qemu())
         strbuf_printf(&b, "%s: ", ctx->verb->name);
     strbuf_puts(&b, kind);
     /* Errors quote file names and image contents; whoever made the text may have forgotten. */
@@ -107,11 +110,25 @@ static void print_line(const struct verb_ctx *ctx, const char *kind, const char 
 }
 
 void cli_print_error(const struct verb_ctx *ctx, const struct err *e) {
+    if (dialect_is_qemu()) {
+        dialect_print_error(e);
+        return;
+    }
     print_line(ctx, "", err_text(e));
     if (e->hint) {
         char *safe AUTO_FREE = cli_safe(e->hint);
         fprintf(stderr, "  %s\n", safe);
     }
+}
+
+void cli_print_note(const struct verb_ctx *ctx, const char *fmt, ...) {
+    char *text = NULL;
+    va_list ap;
+    va_start(ap, fmt);
+    if (vasprintf(&text, fmt, ap) >= 0)
+        print_line(ctx, "", text);
+    va_end(ap);
+    free(text);
 }
 
 void cli_print_warning(const struct verb_ctx *ctx, const char *fmt, ...) {

@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "base/version.h"
 #include "runtime/loop.h"
 
@@ -121,14 +122,15 @@ static int finish_output(const struct verb_ctx *ctx, int status) {
     return status ? status : ctx->verb && ctx->verb->error_status ? ctx->verb->error_status : 1;
 }
 
-static int verb_main(const struct verb *v, int argc, char **argv) {
+int cli_verb_main(const struct verb *v, int argc, char **argv) {
     struct verb_ctx ctx = {.verb = v};
     cli_log_level(&ctx, LOG_LV_WARN);
     bool help = false;
     int rc = cli_parse(&ctx, argc, argv, &help);
     int status;
     if (rc < 0) {
-        err_hint(&ctx.err, "see 'strata %s --help'", v->name);
+        if (!dialect_is_qemu())
+            err_hint(&ctx.err, "see 'strata %s --help'", v->name);
         status = report(&ctx, rc);
     } else if (help) {
         cli_help_verb(v, stdout);
@@ -161,6 +163,9 @@ int main(int argc, char **argv) {
     hold_standard_descriptors();
     bound_heaps();
     signal(SIGPIPE, SIG_IGN);
+    int status = dialect_main(argc, argv);
+    if (status >= 0)
+        return status;
     if (argc < 2) {
         cli_help_overview(stderr);
         return 1;
@@ -176,5 +181,5 @@ int main(int argc, char **argv) {
         return finish_output(&none, 0);
     }
     const struct verb *v = verb_find(word);
-    return v ? verb_main(v, argc - 2, argv + 2) : unknown_verb(word);
+    return v ? cli_verb_main(v, argc - 2, argv + 2) : unknown_verb(word);
 }

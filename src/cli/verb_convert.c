@@ -23,6 +23,8 @@
 #include "base/cleanup.h"
 #include "base/err.h"
 #include "cli/cli.h"
+#include "cli/convert.h"
+#include "cli/dialect.h"
 #include "cli/progress.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -31,17 +33,6 @@
 #include "runtime/loop.h"
 
 enum { WORKERS_MAX = 16 };
-
-struct convert_args {
-    struct cli_image src;
-    const char *out_format;
-    struct cli_list options;
-    bool compress, no_create, out_of_order, target_image_opts, target_is_zero, salvage, quiet;
-    uint64_t workers, sparse, rate;
-    const char *cache; /* NULL: chosen */
-    const char *backing, *backing_format;
-    struct progress_args progress;
-};
 
 static const struct cli_opt convert_opts[] = {
     CLI_FORMAT_ROW(struct convert_args, src.format),
@@ -86,6 +77,7 @@ static const struct cli_opt convert_opts[] = {
 struct convert {
     struct verb_ctx *ctx;
     const struct convert_args *a;
+    char **names; /* of the sources, then the target */
     const char *target_name;
     const struct driver *format; /* of a new target */
     struct node **src;
@@ -127,12 +119,35 @@ static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
 
 /* ---------------------------------------------------------------- sources */
 
-static int open_sources_co(struct convert *c) {
-    for (int i = 0; i < c->ctx->pos_n - 1; i++) {
-        int r = cli_open_co(c->ctx, c->ctx->pos[i], &c->a->src, 0, &c->src[i]);
+/* Puts a raw window over the source. */
+static int narrow_co(struct convert *c, struct node **src) {
+    uint64_t size = (*src)->size, skip = c->a->skip, length = 0;
+    if (skip <= size)
+        length = min_u64(size - skip, c->a->limited ? c->a->count : size);
+    else
+        cli_print_note(c->ctx,
+                       cli_words("%s: nothing is there to skip to: the disk is shorter",
+                                 "%s: cannot skip to specified offset"),
+                       (*src)->filename);
+    json_t *options = json_pack("{s:I, s:I}", "offset", (json_int_t)min_u64(skip, size), "size",
+                                (json_int_t)length);
+    struct open_req req = {.gate = GATE_ANY};
+    struct node *window;
+    int r = node_open_on_co(*src, driver_find("raw"), options, &req, &window, &c->ctx->err);
+    json_decref(options);
+    if (r == 0)
+        *src = window;
+    return r;
+}
+
+static int open_sources_co(struct convert *c, int n) {
+    for (int i = 0; i < n; i++) {
+        int r = cli_open_co(c->ctx, c->names[i], &c->a->src, 0, &c->src[i]);
         if (r < 0)
             return r;
         c->src_n++;
+        if (c->a->windowed && (r = narrow_co(c, &c->src[i])) < 0)
+            return r;
         if (!ck_add(c->size, c->src[i]->size, &c->size) || c->size > INT64_MAX)
             return err_set(&c->ctx->err, EFBIG, "the sources are too large together");
     }
@@ -159,8 +174,7 @@ static int check_not_source(struct convert *c) {
             struct node *s = node_storage(l);
             if (s->filename && same_file(&st, s->filename))
                 return err_set(&c->ctx->err, EINVAL, "%s is %s of %s and would be overwritten",
-                               name, l == c->src[i] ? "the file" : "a backing file",
-                               c->ctx->pos[i]);
+                               name, l == c->src[i] ? "the file" : "a backing file", c->names[i]);
         }
     }
     return 0;
@@ -357,8 +371,8 @@ static int finish_co(struct convert *c) {
     return r < 0 ? err_prefix(e, "%s", c->target_name) : 0;
 }
 
-static int convert_co(struct convert *c) {
-    int r = open_sources_co(c);
+static int convert_co(struct convert *c, int sources) {
+    int r = open_sources_co(c, sources);
     if (r == 0)
         r = check_not_source(c);
     if (r == 0)
@@ -372,27 +386,19 @@ static int convert_co(struct convert *c) {
     return r;
 }
 
-static int convert_run_co(struct verb_ctx *ctx) {
-    const struct convert_args *a = ctx->args;
-    if (cli_options_want_help(&a->options))
-        return cli_print_create_help(ctx, a->out_format ? a->out_format : "raw");
-    if (ctx->pos_n < 2)
-        return misuse(ctx, "a source and a target are needed");
-    int r = check_args(ctx, a);
-    if (r < 0)
-        return r;
-
-    struct convert c = {.ctx = ctx, .a = a, .target_name = ctx->pos[ctx->pos_n - 1]};
+int convert_with_co(struct verb_ctx *ctx, const struct convert_args *a, char **names, int n) {
+    struct convert c = {.ctx = ctx, .a = a, .names = names, .target_name = names[n - 1]};
     if (!a->no_create) {
         const char *name = a->out_format ? a->out_format : "raw";
         c.format = driver_find(name);
         if (!c.format || !c.format->format)
-            return err_set(&ctx->err, EINVAL, "unknown format '%s'", name);
+            return err_set(&ctx->err, EINVAL,
+                           cli_words("unknown format '%s'", "Unknown file format '%s'"), name);
     }
-    c.src = xcalloc(ctx->pos_n, sizeof(*c.src));
+    c.src = xcalloc(n, sizeof(*c.src));
     loop_on_signal(ctx->loop, SIGINT, on_signal, &c);
     loop_on_signal(ctx->loop, SIGTERM, on_signal, &c);
-    r = convert_co(&c);
+    int r = convert_co(&c, n - 1);
     if (c.dst)
         node_unref_co(c.dst);
     if (c.file)
@@ -403,6 +409,17 @@ static int convert_run_co(struct verb_ctx *ctx) {
     loop_off_signal(ctx->loop, SIGINT);
     loop_off_signal(ctx->loop, SIGTERM);
     return r;
+}
+
+static int convert_run_co(struct verb_ctx *ctx) {
+    const struct convert_args *a = ctx->args;
+    if (cli_options_want_help(&a->options))
+        return cli_print_create_help(ctx, a->out_format ? a->out_format : "raw");
+    if (ctx->pos_n < 2)
+        return misuse(
+            ctx, cli_words("a source and a target are needed", "Must specify image file name"));
+    int r = check_args(ctx, a);
+    return r < 0 ? r : convert_with_co(ctx, a, ctx->pos, ctx->pos_n);
 }
 
 static const char *const convert_details[] = {

@@ -3,14 +3,20 @@
 #include <string.h>
 #include "cli/cli.h"
 
+extern const struct verb verb_bench;
 extern const struct verb verb_check;
+extern const struct verb verb_commit;
 extern const struct verb verb_compare;
 extern const struct verb verb_convert;
 extern const struct verb verb_create;
+extern const struct verb verb_dd;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
 extern const struct verb verb_io;
 extern const struct verb verb_map;
+extern const struct verb verb_measure;
+extern const struct verb verb_rebase;
+extern const struct verb verb_resize;
 extern const struct verb verb_run;
 extern const struct verb verb_serve;
 
@@ -22,6 +28,12 @@ const struct verb *const verb_table[] = {
     &verb_compare,
     &verb_check,
     &verb_map,
+    &verb_commit,
+    &verb_rebase,
+    &verb_resize,
+    &verb_measure,
+    &verb_dd,
+    &verb_bench,
     &verb_io,
     &verb_serve,
     &verb_run,

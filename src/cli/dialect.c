@@ -1,0 +1,305 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The words of qemu-img: names of options, messages, the second lines of errors.
+ *
+ * Messages are facts taken from what the program prints (versions 7.2 to 10).  An error of ours is
+ * put into them by its code and the words in front of it; what has no counterpart there keeps our
+ * own sentence behind "Could not open 'NAME': ".
+ *
+ * A hint that begins with SECOND is a second line of the dialect's own and printed; other hints
+ * are for people who call strata by its name, and are left out.
+ */
+#include "cli/dialect.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/strbuf.h"
+#include "base/version.h"
+#include "disk/node.h"
+
+#define SECOND "\001"
+#define TRY_HELP SECOND "Try 'qemu-img --help' for more information"
+
+static bool called_qemu_img;
+
+bool dialect_is_qemu(void) {
+    return called_qemu_img;
+}
+
+/* ---------------------------------------------------------------- options */
+
+/* Another letter or name of a row that the verb has by `target`. */
+static const struct {
+    const char *verb;
+    char letter;
+    const char *name;
+    const char *target;
+} aliases[] = {
+    {"check", 'T', NULL, "cache"},
+    {"info", 't', NULL, "cache"},
+    {NULL, 0, NULL, NULL},
+};
+
+static const struct cli_opt *row_named(const struct verb *v, const char *name) {
+    for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++)
+        if (o->name && !strcmp(o->name, name))
+            return o;
+    return NULL;
+}
+
+const struct cli_opt *dialect_row(const struct verb *v, char letter, const char *name) {
+    if (!called_qemu_img)
+        return NULL;
+    for (int i = 0; aliases[i].verb; i++) {
+        bool hit = (letter && aliases[i].letter == letter) ||
+                   (name && aliases[i].name && !strcmp(aliases[i].name, name));
+        if (hit && !strcmp(aliases[i].verb, v->name))
+            return row_named(v, aliases[i].target);
+    }
+    return NULL;
+}
+
+const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name) {
+    const struct cli_opt *found = NULL;
+    size_t len = strlen(name);
+    if (!called_qemu_img || !len)
+        return NULL;
+    for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++) {
+        if (!o->name || strncmp(o->name, name, len))
+            continue;
+        if (found)
+            return NULL;
+        found = o;
+    }
+    return found;
+}
+
+/* ---------------------------------------------------------------- misuse */
+
+int dialect_usage(struct verb_ctx *ctx, const char *fmt, ...) {
+    char *text = NULL;
+    va_list ap;
+    va_start(ap, fmt);
+    if (vasprintf(&text, fmt, ap) < 0)
+        text = NULL;
+    va_end(ap);
+    int rc = err_set(&ctx->err, EINVAL, "%s", text ? text : "out of memory");
+    err_hint(&ctx->err, TRY_HELP);
+    free(text);
+    return rc;
+}
+
+int dialect_bad_positionals(struct verb_ctx *ctx) {
+    static const struct {
+        const char *verb, *text;
+    } rows[] = {
+        {"compare", "Expecting two image file names"},
+        {"create", "Invalid argument count"},
+        {"measure", "At most one filename argument is allowed."},
+        {"resize", "Expecting image file name and size"},
+        {NULL, NULL},
+    };
+    const char *verb = ctx->verb->name;
+    if (!strcmp(verb, "resize") && ctx->pos_n < 2)
+        return dialect_usage(ctx, "Not enough arguments");
+    for (int i = 0; rows[i].verb; i++)
+        if (!strcmp(rows[i].verb, verb))
+            return dialect_usage(ctx, "%s", rows[i].text);
+    return dialect_usage(ctx, "Expecting one image file name");
+}
+
+int dialect_bad_size(struct verb_ctx *ctx, const char *text) {
+    err_clear(&ctx->err);
+    int rc =
+        err_set(&ctx->err, EINVAL, "Parameter 'size' expects a non-negative number below 2^64");
+    err_hint(&ctx->err, SECOND "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, "
+                               "tera-, peta-\nand exabytes, respectively.");
+    return rc;
+}
+
+int dialect_bad_number(struct verb_ctx *ctx, const char *what) {
+    err_clear(&ctx->err);
+    int rc = err_set(&ctx->err, EINVAL,
+                     "Invalid %s specified. You may use k, M, G, T, P or E suffixes for", what);
+    err_hint(&ctx->err, SECOND "qemu-img: kilobytes, megabytes, gigabytes, terabytes, petabytes "
+                               "and exabytes.");
+    return rc;
+}
+
+int dialect_options_error(struct verb_ctx *ctx) {
+    struct err *e = &ctx->err;
+    const char *unknown = "unknown option '";
+    if (called_qemu_img && e->text && !strncmp(e->text, unknown, strlen(unknown))) {
+        const char *from = e->text + strlen(unknown);
+        char *name AUTO_FREE = xstrndup(from, strcspn(from, "'"));
+        return err_set(e, EINVAL, "Invalid parameter '%s'", name);
+    }
+    return -e->code;
+}
+
+void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n) {
+    if (!called_qemu_img || !(n->flags & NODE_GUESSED))
+        return;
+    fprintf(stderr,
+            "WARNING: Image format was not specified for '%s' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, write "
+            "operations on block 0 will be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions.\n",
+            n->filename);
+}
+
+/* ---------------------------------------------------------------- opening */
+
+/* "...: text" behind the last use of `mark`, or NULL. */
+static const char *behind(const char *text, const char *mark) {
+    const char *at = strstr(text, mark);
+    return at ? at + strlen(mark) : NULL;
+}
+
+/* The sentence for why `name` itself could not be opened; `text` is ours without the name. */
+static void put_reason(struct strbuf *b, const struct err *e, const char *name, const char *text,
+                       const char *format) {
+    const char *why;
+    if ((why = behind(text, "cannot open: ")) || (why = behind(text, "cannot open for writing: ")))
+        strbuf_printf(b, "Could not open '%s': %s", name, why);
+    else if (strstr(text, "is a directory"))
+        strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
+    else if (e->code == ENOENT || e->code == EACCES)
+        strbuf_printf(b, "Could not open '%s': %s", name, strerror(e->code));
+    else if ((why = behind(text, "unknown driver or format '")))
+        strbuf_printf(b, "Unknown driver '%.*s'", (int)strcspn(why, "'"), why);
+    else if ((why = behind(text, "unknown protocol '")))
+        strbuf_printf(b, "Unknown protocol '%.*s'", (int)strcspn(why, "'"), why);
+    else if (strstr(text, "the magic bytes are missing"))
+        strbuf_printf(b, "Image is not in %s format", format ? format : "qcow2");
+    else if ((why = behind(text, "qcow2 version ")) && strstr(text, "is not supported"))
+        strbuf_printf(b, "Unsupported qcow2 version %.*s", (int)strcspn(why, " "), why);
+    else if (strstr(text, "header is cut off"))
+        strbuf_puts(b, "qcow2 header too short");
+    else
+        strbuf_puts(b, text);
+}
+
+/* Who has the image open tells which of the locks was refused. */
+static void put_lock(struct strbuf *b, const char *text, bool writing) {
+    bool other_reads = strstr(text, "read-only") || strstr(text, "reading");
+    strbuf_printf(b, "Failed to get %s\"write\" lock", writing || other_reads ? "" : "shared ");
+}
+
+void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
+                        const char *before) {
+    struct err *e = &ctx->err;
+    if (!called_qemu_img || !e->text)
+        return;
+    struct strbuf b AUTO_STRBUF = STRBUF_INIT;
+    char *safe AUTO_FREE = cli_safe(name), *at_file = xstrdup(name);
+    const char *text = e->text, *hint = NULL;
+    if (!strncmp(text, safe, strlen(safe)) && !strncmp(text + strlen(safe), ": ", 2))
+        text += strlen(safe) + 2;
+    strbuf_printf(&b, "%s '%s': ", before, name);
+    const char *backing = "backing file '";
+    bool inside = false;
+    while (!strncmp(text, backing, strlen(backing))) {
+        const char *from = text + strlen(backing), *end = strstr(from, "': ");
+        if (!end)
+            break;
+        free(at_file);
+        at_file = xstrndup(from, end - from);
+        text = end + 3;
+        /* The gate names the file once more. */
+        if (strncmp(text, backing, strlen(backing)) ||
+            strncmp(text + strlen(backing), at_file, strlen(at_file)))
+            strbuf_puts(&b, "Could not open backing file: ");
+        inside = true;
+    }
+    if (e->code == EAGAIN) {
+        put_lock(&b, text, !inside && strstr(e->hint ? e->hint : "", "two writers"));
+        hint = at_file;
+    } else {
+        put_reason(&b, e, at_file, text, format);
+    }
+    int code = e->code;
+    err_clear(e);
+    err_set(e, code, "%s", b.s);
+    if (hint)
+        err_hint(e, SECOND "Is another process using the image [%s]?", hint);
+    free(at_file);
+}
+
+/* ---------------------------------------------------------------- printing */
+
+void dialect_print_error(const struct err *e) {
+    struct strbuf b AUTO_STRBUF = STRBUF_INIT;
+    const char *text = err_text(e);
+    strbuf_puts(&b, "qemu-img: ");
+    strbuf_put_safe(&b, text, strlen(text));
+    strbuf_puts(&b, "\n");
+    if (e->hint && !strncmp(e->hint, SECOND, 1))
+        strbuf_printf(&b, "%s\n", e->hint + 1);
+    fwrite(b.s, 1, b.len, stderr);
+}
+
+/* ---------------------------------------------------------------- main */
+
+static int misuse(const char *fmt, const char *word) {
+    struct verb_ctx ctx = {0};
+    dialect_usage(&ctx, fmt, word);
+    dialect_print_error(&ctx.err);
+    err_clear(&ctx.err);
+    return 1;
+}
+
+static bool is_qemu_img_verb(const char *name) {
+    static const char *const names[] = {"bench",  "check",  "commit", "compare", "convert",
+                                        "create", "dd",     "info",   "map",     "measure",
+                                        "rebase", "resize", NULL};
+    for (int i = 0; names[i]; i++)
+        if (!strcmp(names[i], name))
+            return true;
+    return false;
+}
+
+static void print_help(void) {
+    puts("usage: qemu-img [standard options] command [command options]\n"
+         "QEMU disk image utility, by strata " STRATA_VERSION "\n\n"
+         "Commands:");
+    for (int i = 0; verb_table[i]; i++)
+        if (is_qemu_img_verb(verb_table[i]->name))
+            printf("  %-12s %s\n", verb_table[i]->name, verb_table[i]->summary);
+    fputs("\nSupported formats:", stdout);
+    for (int i = 0; driver_table[i]; i++)
+        printf(" %s", driver_table[i]->name);
+    puts("");
+}
+
+int dialect_main(int argc, char **argv) {
+    const char *slash = argc ? strrchr(argv[0], '/') : NULL;
+    if (!argc || strcmp(slash ? slash + 1 : argv[0], "qemu-img"))
+        return -1;
+    called_qemu_img = true;
+    int i = 1;
+    for (; i < argc && argv[i][0] == '-'; i++) {
+        const char *a = argv[i];
+        if (!strcmp(a, "-h") || !strcmp(a, "--help")) {
+            print_help();
+            return 0;
+        }
+        if (!strcmp(a, "-V") || !strcmp(a, "--version")) {
+            /* Programs look for "version X.Y" to learn which options there are. */
+            puts("qemu-img version 10.0.0 (strata " STRATA_VERSION ")");
+            return 0;
+        }
+        if (!strcmp(a, "-T") || !strcmp(a, "--trace"))
+            i++; /* trace points are QEMU's own: there is nothing to switch on */
+        else if (strncmp(a, "-T", 2) && strncmp(a, "--trace=", 8))
+            return misuse("unrecognized option '%s'", a);
+    }
+    if (i >= argc)
+        return misuse("Not enough arguments%.0s", "");
+    const struct verb *v = is_qemu_img_verb(argv[i]) ? verb_find(argv[i]) : NULL;
+    if (!v)
+        return misuse("Command not found: %s", argv[i]);
+    return cli_verb_main(v, argc - i - 1, argv + i + 1);
+}

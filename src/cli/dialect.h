@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The drop-in name qemu-img: the same verbs, in the words of that program.
+ *
+ * Called as `qemu-img`, strata takes that program's command line (option letters, abbreviated long
+ * names), speaks its messages and leaves with its exit statuses; libvirt, OpenStack and people's
+ * scripts parse them.  The work is done by the verbs; where a sentence differs, the verb gives both
+ * forms to cli_words(), and what cannot be said so simply is in dialect.c.
+ *
+ * Backing files that images name are opened wherever they are (GATE_ANY), as those scripts rely on.
+ */
+#ifndef STRATA_CLI_DIALECT_H
+#define STRATA_CLI_DIALECT_H
+
+#include <stdbool.h>
+#include "cli/cli.h"
+
+/* True once main has found that it was called by the drop-in name. */
+bool dialect_is_qemu(void);
+
+/* The form of a text that the program's name asks for.  Both take the same arguments. */
+static inline __attribute__((format_arg(1), format_arg(2))) const char *
+cli_words(const char *own, const char *qemu) {
+    return dialect_is_qemu() ? qemu : own;
+}
+
+/* The program's name and arguments are another program's: its exit status; -1: they are ours. */
+int dialect_main(int argc, char **argv);
+
+/* ---- for args.c and common.c ---- */
+/* Letters and names that this verb has only there.  NULL: none such. */
+const struct cli_opt *dialect_row(const struct verb *v, char letter, const char *name);
+/* The row that `name` abbreviates, when it is the only one. */
+const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name);
+/* Misuse: text, and the line that sends to --help. */
+int dialect_usage(struct verb_ctx *ctx, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The wrong number of positional arguments. */
+int dialect_bad_positionals(struct verb_ctx *ctx);
+/* Prints "qemu-img: text" and a second line when the dialect has set one. */
+void dialect_print_error(const struct err *e);
+
+/* ---- errors that verbs and helpers put into that program's words ---- */
+/*
+ * Rewrites the error of opening `name` (`before`: "Could not open" or another such start).
+ */
+void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
+                        const char *before);
+/* An option of -o was refused: "Invalid parameter 'x'". */
+int dialect_options_error(struct verb_ctx *ctx);
+int dialect_bad_size(struct verb_ctx *ctx, const char *text);
+int dialect_bad_number(struct verb_ctx *ctx, const char *what);
+/* A writer took an image for raw because nobody said its format. */
+void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n);
+
+#endif
