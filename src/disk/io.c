@@ -184,13 +184,6 @@ int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     }
     n->map_generation++;
     node_resume(n);
-    /* The new part reads as zeros, also where a longer backing file would show through. */
-    uint64_t shown = n->backing ? min_u64(n->size, n->backing->size) : 0;
-    if (!r && shown > old) {
-        r = disk_zero_co(n, old, shown - old, ZERO_MAY_UNMAP);
-        if (r < 0)
-            err_errno(e, -r, "hiding what the backing file holds behind the old end");
-    }
     return r;
 }
 
