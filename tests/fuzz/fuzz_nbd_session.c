@@ -4,14 +4,15 @@
  *
  * The first byte chooses what surrounds the rest: bit 0, a handshake made here comes first, so that
  * the input is requests; bit 1, read-only; bit 2, qcow2 instead of raw; bit 3, the client does not
- * read the answers before it has sent everything.  The rest are the client's bytes.  Each 28-byte
+ * read the answers before it has sent everything; bit 4, the storage lets other requests in
+ * between; bit 5, and some of its writes fail.  The rest are the client's bytes.  Each 28-byte
  * request that begins after "Rq" is completed with the magic number, so that mutations stay
  * requests.
  *
  * Invariants: the server answers or hangs up, and is done soon after the client has; a second
  * client is then served; the disk keeps its size.
  */
-#include "fuzz.h"
+#include "flaky.h"
 
 #include <sys/socket.h>
 #include "export/nbd/proto.h"
@@ -126,8 +127,10 @@ static void second_client_co(struct nbd_server *server) {
     close(p.fd);
 }
 
-static struct node *disk_co(bool qcow2) {
-    struct node *file = fuzz_memory_co(4 * MIB), *n = NULL;
+static struct node *disk_co(unsigned mode) {
+    bool qcow2 = mode & 4;
+    struct node *file = mode & 16 ? flaky_new_co(4 * MIB, 100, mode) : fuzz_memory_co(4 * MIB);
+    struct node *n = NULL;
     struct open_req req = {.flags = OPEN_RW | OPEN_UNMAP};
     const struct driver *drv = driver_find(qcow2 ? "qcow2" : "raw");
     struct err e AUTO_ERR = ERR_INIT;
@@ -142,6 +145,8 @@ static struct node *disk_co(bool qcow2) {
     if (!r)
         r = node_open_on_co(file, drv, NULL, &req, &n, &e);
     FUZZ_CHECK(r == 0, "no disk: %s", err_text(&e));
+    if (mode & 16 && mode & 32)
+        flaky_fail(file, 7, 20);
     return n;
 }
 
@@ -149,7 +154,7 @@ static void one_co(void *arg) {
     const struct session *s = arg;
     struct nbd_server *server;
     struct err e AUTO_ERR = ERR_INIT;
-    struct node *n = disk_co(s->mode & 4);
+    struct node *n = disk_co(s->mode);
     struct nbd_server_opts opts = {.export = {.name = "x", .node = n, .read_only = s->mode & 2}};
     FUZZ_CHECK(nbd_server_new(loop_self(), &opts, &server, &e) == 0, "server: %s", err_text(&e));
     session_co(server, s);

@@ -5,6 +5,7 @@
 Images are made by strata itself, written in the sparse form of fuzz.h, with a program behind them.
 Everything is the same in each run.
 """
+import itertools
 import os
 import random
 import shutil
@@ -45,13 +46,25 @@ IMAGES = {
 }
 
 
+# What strata itself cannot make yet; left out where there is no qemu-img.
+PEER_IMAGES = {
+    "snapshot": ("cluster_size=512", "32k", [
+        ["qemu-io", "-c", "write -P 1 0 2k"], ["qemu-img", "snapshot", "-c", "one"],
+        ["qemu-io", "-c", "write -P 2 1k 2k"], ["qemu-img", "snapshot", "-c", "two"]]),
+    "snapshot-c4k": ("cluster_size=4k,refcount_bits=2", "256k", [
+        ["qemu-io", "-c", "write -P 1 0 8k"], ["qemu-img", "snapshot", "-c", "one"]]),
+    "bitmap": ("cluster_size=512", "32k", [
+        ["qemu-img", "bitmap", "--add", "-g", "512", "{}", "b"], ["qemu-io", "-c", "write 0 2k"]]),
+}
+
+
 def programs(rng):
     yield b""
     for _ in range(2):
         yield b"PRG1" + bytes(rng.randrange(256) for _ in range(rng.randrange(20, 120)))
 
 
-def make_images(strata, folder, rng):
+def make_images(strata, rng):
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "a.qcow2")
         for name, (options, size, commands) in IMAGES.items():
@@ -65,6 +78,23 @@ def make_images(strata, folder, rng):
                 data = sparse(f.read())
             for i, program in enumerate(programs(rng)):
                 yield f"{name}-{i}", data + program
+
+
+def make_peer_images(rng):
+    if not shutil.which("qemu-img") or not shutil.which("qemu-io"):
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.qcow2")
+        for name, (options, size, commands) in PEER_IMAGES.items():
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size],
+                           check=True)
+            for args in commands:
+                where = [a.format(path) for a in args] + ([] if "{}" in args else [path])
+                subprocess.run(where, check=True, stdout=subprocess.DEVNULL)
+            with open(path, "rb") as f:
+                data = sparse(f.read())
+            for i, program in enumerate(programs(rng)):
+                yield f"peer-{name}-{i}", data + program
 
 
 def make_ops(rng):
@@ -108,7 +138,7 @@ def make_nbd(rng):
                   + request(7, 0, 262144) + request(7, 0, 65536, 8) + request(1, 5, 3, 0, b"xyz")
                   + request(0, 262144, 1) + request(0, 1 << 63, 512) + request(0, 0, 1 << 31)
                   + request(0, 100, 0) + request(77) + request(2))
-    for mode in (1, 3, 5, 9, 13):
+    for mode in (1, 3, 5, 9, 13, 17, 21, 53):
         yield f"all-{mode}", bytes([mode]) + everything
     yield "bad-magic", b"\1" + request(0, 0, 512) + b"x" * 28 + request(0, 0, 512)
     yield "cut", b"\1" + request(1, 0, 4096, 0, b"Z" * 100)
@@ -139,7 +169,8 @@ def main():
     strata, folder = sys.argv[1:]
     rng = random.Random(1)
     shutil.rmtree(folder, ignore_errors=True)
-    targets = {"qcow2_image": make_images(strata, folder, rng), "qcow2_ops": make_ops(rng),
+    images = itertools.chain(make_images(strata, rng), make_peer_images(rng))
+    targets = {"qcow2_image": images, "qcow2_ops": make_ops(rng),
                "qcow2_tasks": make_tasks(rng),
                "nbd_session": make_nbd(rng), "options": make_options()}
     for target, seeds in targets.items():
