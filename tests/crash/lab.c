@@ -24,8 +24,8 @@
  *
  *     lab [-n STATES] [-s SEED] [-p PLANT] [WORKLOAD ...]        exit 1 when a state failed
  *
- * -p breaks a rule on purpose (base/plant.h; lab-planted only), -l lists those; -d writes every
- * -e-th state to a folder, for a checker that is not ours.
+ * -x stops at the first failed state.  -p breaks a rule on purpose (base/plant.h; lab-planted
+ * only), -l lists those; -d writes every -e-th state to a folder, for a checker that is not ours.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -113,6 +113,7 @@ struct lab {
     uint64_t bytes_used;    /* no state reaches beyond */
     const char *sample_dir; /* every sample_every-th state is written there; NULL: none */
     unsigned long sample_every;
+    bool first_only;
     const char *save; /* where a failed state is written; NULL: nowhere */
 };
 
@@ -505,7 +506,7 @@ static void replay_co(struct lab *l) {
     struct window w = {.open = calloc(l->rec->count, sizeof(*w.open))};
     memcpy(base, l->start_image, l->start_size);
     l->image = calloc(1, RECORDER_BYTES_MAX);
-    for (size_t m = 0; m < moments; m++) {
+    for (size_t m = 0; m < moments && !(l->failed && l->first_only); m++) {
         w.count = 0;
         for (size_t i = 0; i < l->rec->count; i++) {
             const struct record *x = &l->rec->log[i];
@@ -570,6 +571,7 @@ static void workload_co(void *arg) {
 struct settings {
     unsigned long states, sample_every;
     unsigned seed;
+    bool first_only; /* the first failed state ends it */
     const char *save, *sample_dir;
 };
 
@@ -583,6 +585,7 @@ static void run(const struct workload *w, const struct settings *set, unsigned l
     l->save = set->save;
     l->sample_dir = set->sample_dir;
     l->sample_every = set->sample_every;
+    l->first_only = set->first_only;
     must(loop_new(LOOP_THREADS, &loop, NULL), "loop");
     loop_run(loop, workload_co, l);
     loop_free(loop);
@@ -606,7 +609,7 @@ static int list_plants(void) {
 int main(int argc, char **argv) {
     struct settings set = {.states = 2000, .seed = 1, .sample_every = 100};
     unsigned long total = 0, failed = 0;
-    for (int c; (c = getopt(argc, argv, "n:s:p:w:d:e:l")) != -1;) {
+    for (int c; (c = getopt(argc, argv, "n:s:p:w:d:e:lx")) != -1;) {
         if (c == 'n')
             set.states = strtoul(optarg, NULL, 0);
         else if (c == 's')
@@ -617,11 +620,13 @@ int main(int argc, char **argv) {
             set.sample_dir = optarg;
         else if (c == 'e')
             set.sample_every = max_u64(1, strtoul(optarg, NULL, 0));
+        else if (c == 'x')
+            set.first_only = true;
         else if (c == 'l')
             return list_plants();
         else if (c != 'p' || !plant_set(optarg)) {
             fprintf(stderr, "usage: lab [-n STATES] [-s SEED] [-w FAILED-STATE] [-d SAMPLES-DIR] "
-                            "[-e EVERY] [-p PLANT | -l] [WORKLOAD ...]\n");
+                            "[-e EVERY] [-p PLANT | -l] [-x] [WORKLOAD ...]\n");
             return 2;
         }
     }
@@ -629,7 +634,7 @@ int main(int argc, char **argv) {
         bool wanted = optind == argc;
         for (int a = optind; a < argc; a++)
             wanted |= !strcmp(argv[a], workloads[i].name);
-        if (wanted)
+        if (wanted && !(failed && set.first_only))
             run(&workloads[i], &set, &total, &failed);
     }
     printf("%lu states, %lu failed\n", total, failed);

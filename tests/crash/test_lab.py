@@ -53,9 +53,9 @@ def test_planted_bug_is_caught(number):
     names = plants()
     if number >= len(names):
         raise AssertionError(f"only {len(names)} plants: shorten the range")
-    for seed in range(1, 6):
-        p = lab("-n", "1500", "-s", str(seed), "-p", names[number], planted=True)
+    for seed in range(1, 9):
+        p = lab("-x", "-n", "1500", "-s", str(seed), "-p", names[number], planted=True)
         assert p.returncode != 2, p.stderr
         if p.returncode:
             return  # caught: a failed state, or the engine itself met the damage
-    raise AssertionError(f"{names[number]}: five seeds, and nothing was noticed")
+    raise AssertionError(f"{names[number]}: eight seeds, and nothing was noticed")
