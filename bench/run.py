@@ -2,9 +2,9 @@
 """strata beside its peers, in one table.
 
 Every row runs its contenders in turn, round after round, on the same input with the page cache
-warm, and compares medians.  The ratio is the best peer's time (dd apart, which shows the limit) over strata's (for server CPU: strata's
-over the best peer's is what `reach` bounds, so it is printed that way round).  Nothing here passes
-or fails: figures are for reading.
+warm, and compares medians.  The ratio of times is the best peer's over strata's, dd apart, which
+shows the limit; that of server CPU is strata's over the best peer's, since that is what `reach`
+bounds.  Nothing here passes or fails: figures are for reading.
 
 Input, made on the spot: an ext4 file system populated from this machine's /usr and from generated
 text and random bytes, as raw and as qcow2.
