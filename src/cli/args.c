@@ -79,8 +79,8 @@ static int parse_number(struct verb_ctx *ctx, const struct cli_opt *o, const cha
     return 0;
 }
 
-static int store(struct verb_ctx *ctx, const struct cli_opt *o, const char *shown, char *value,
-                 int argc) {
+static int store_value(struct verb_ctx *ctx, const struct cli_opt *o, const char *shown,
+                       char *value, int argc) {
     switch (o->type) {
     case CLI_T_FLAG:
         *(bool *)field(o, ctx) = true;
@@ -107,6 +107,12 @@ static int store(struct verb_ctx *ctx, const struct cli_opt *o, const char *show
         return parse_number(ctx, o, shown, value);
     }
     return 0;
+}
+
+static int store(struct verb_ctx *ctx, const struct cli_opt *o, const char *shown, char *value,
+                 int argc) {
+    int rc = store_value(ctx, o, shown, value, argc);
+    return rc < 0 && dialect_is_qemu() ? dialect_bad_value(ctx, o, value) : rc;
 }
 
 /* ---- options ---- */
@@ -141,6 +147,13 @@ static int unknown_long(struct verb_ctx *ctx, const char *name) {
     return rc;
 }
 
+/* Objects are for keys and certificates of images; see dialect_object(). */
+static int parse_object(struct verb_ctx *ctx, struct cursor *c, char *eq) {
+    if (!eq && c->i + 1 >= c->argc)
+        return dialect_usage(ctx, "missing argument for option '--object'");
+    return dialect_object(ctx, eq ? eq + 1 : c->argv[++c->i]);
+}
+
 static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     char *arg = c->argv[c->i] + 2, *eq = strchr(arg, '=');
     char *name AUTO_FREE = xstrndup(arg, eq ? (size_t)(eq - arg) : strlen(arg));
@@ -154,6 +167,8 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     }
     if (!row)
         row = dialect_abbreviated(ctx->verb, name);
+    if (!row && dialect_is_qemu() && !strcmp(name, "object"))
+        return parse_object(ctx, c, eq);
     if (!row)
         return unknown_long(ctx, name);
     char *shown AUTO_FREE = xasprintf("--%s", name), *value = NULL;

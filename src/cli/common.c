@@ -76,7 +76,10 @@ int cli_print_create_help(struct verb_ctx *ctx, const char *format) {
     const struct driver *d = format ? driver_find(format) : NULL;
     if (!d || d->kind != DRIVER_FORMAT) {
         char *safe AUTO_FREE = cli_safe(format ? format : "");
-        err_set(&ctx->err, EINVAL, format ? "unknown format '%s'" : "a format is missing%s", safe);
+        err_set(&ctx->err, EINVAL,
+                format ? cli_words("unknown format '%s'", "Unknown file format '%s'")
+                       : "a format is missing%s",
+                safe);
         err_hint(&ctx->err, "'strata --help' lists the formats");
         return -EINVAL;
     }

@@ -10,10 +10,10 @@
 
 struct convert_args {
     struct cli_image src;
-    const char *out_format, *snapshot;
+    const char *out_format;
     struct cli_list options;
     bool compress, no_create, out_of_order, target_image_opts, target_is_zero, salvage, quiet;
-    bool offload, bitmaps, skip_broken_bitmaps;
+    bool offload; /* accepted for scripts: it is tried in any case */
     uint64_t workers, sparse, rate;
     const char *cache; /* NULL: chosen */
     const char *backing, *backing_format;

@@ -76,6 +76,18 @@ const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name
     return found;
 }
 
+int dialect_object(struct verb_ctx *ctx, const char *definition) {
+    static const char *const types[] = {"secret", "tls-creds-x509", "tls-creds-psk",
+                                        "tls-creds-anon", NULL};
+    const char *type = strncmp(definition, "qom-type=", 9) ? definition : definition + 9;
+    size_t len = strcspn(type, ",");
+    for (int i = 0; types[i]; i++)
+        if (strlen(types[i]) == len && !strncmp(types[i], type, len))
+            return 0;
+    return err_set(&ctx->err, EINVAL, "Parameter 'qom-type' does not accept value '%.*s'", (int)len,
+                   type);
+}
+
 /* ---------------------------------------------------------------- misuse */
 
 int dialect_usage(struct verb_ctx *ctx, const char *fmt, ...) {
@@ -96,12 +108,14 @@ int dialect_bad_positionals(struct verb_ctx *ctx) {
         const char *verb, *text;
     } rows[] = {
         {"compare", "Expecting two image file names"},
-        {"create", "Invalid argument count"},
-        {"measure", "At most one filename argument is allowed."},
         {"resize", "Expecting image file name and size"},
         {NULL, NULL},
     };
     const char *verb = ctx->verb->name;
+    if (!strcmp(verb, "measure"))
+        return err_set(&ctx->err, EINVAL, "At most one filename argument is allowed.");
+    if (!strcmp(verb, "create"))
+        return dialect_usage(ctx, "Unexpected argument: %s", ctx->pos[2]);
     if (!strcmp(verb, "resize") && ctx->pos_n < 2)
         return dialect_usage(ctx, "Not enough arguments");
     for (int i = 0; rows[i].verb; i++)
@@ -128,17 +142,6 @@ int dialect_bad_number(struct verb_ctx *ctx, const char *what) {
     return rc;
 }
 
-int dialect_options_error(struct verb_ctx *ctx) {
-    struct err *e = &ctx->err;
-    const char *unknown = "unknown option '";
-    if (called_qemu_img && e->text && !strncmp(e->text, unknown, strlen(unknown))) {
-        const char *from = e->text + strlen(unknown);
-        char *name AUTO_FREE = xstrndup(from, strcspn(from, "'"));
-        return err_set(e, EINVAL, "Invalid parameter '%s'", name);
-    }
-    return -e->code;
-}
-
 void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n) {
     if (!called_qemu_img || !(n->flags & NODE_GUESSED))
         return;
@@ -148,6 +151,67 @@ void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n) {
             "operations on block 0 will be restricted.\n"
             "         Specify the 'raw' format explicitly to remove the restrictions.\n",
             n->filename);
+}
+
+/* ---------------------------------------------------------------- values of options */
+
+/* A value that cannot be read.  `number`: "Invalid TEXT specified. You may use ..."; else %s. */
+static const struct {
+    const char *verb; /* NULL: any */
+    const char *name;
+    bool number;
+    const char *text;
+} values[] = {
+    {NULL, "output", false, "--output must be used with human or json as argument."},
+    {"map", "start-offset", true, "start offset"},
+    {"map", "max-length", true, "max length"},
+    {"convert", "sparse-size", true, "buffer size for sparse output"},
+    {NULL, "rate-limit", true, "rate limit"},
+    {"convert", "workers", false,
+     "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16"},
+    {NULL, "source-cache", false, "Invalid source cache option: %s"},
+    {"bench", "cache", false, "Invalid cache mode"},
+    {"check", "cache", false, "Invalid source cache option: %s"},
+    {NULL, "cache", false, "Invalid cache option: %s"},
+    {"measure", "size", true, "image size"},
+    {"resize", "preallocation", false, "Invalid preallocation mode '%s'"},
+    {"bench", "count", false, "Invalid request count specified"},
+    {"bench", "depth", false, "Invalid queue depth specified"},
+    {"bench", "buffer-size", true, "buffer size"},
+    {"bench", "step-size", true, "step size"},
+    {"bench", "offset", true, "offset"},
+    {"bench", "pattern", false, "Invalid pattern byte specified"},
+    {"bench", "flush-interval", false, "Invalid flush interval specified"},
+    {"bench", "aio", false, "Invalid aio option: %s"},
+    {NULL, NULL, false, NULL},
+};
+
+int dialect_bad_value(struct verb_ctx *ctx, const struct cli_opt *o, const char *value) {
+    for (int i = 0; values[i].name; i++) {
+        if (!o->name || strcmp(values[i].name, o->name) ||
+            (values[i].verb && strcmp(values[i].verb, ctx->verb->name)))
+            continue;
+        if (values[i].number)
+            return dialect_bad_number(ctx, values[i].text);
+        const char *hole = strstr(values[i].text, "%s");
+        err_clear(&ctx->err);
+        return hole ? err_set(&ctx->err, EINVAL, "%.*s%s%s", (int)(hole - values[i].text),
+                              values[i].text, value, hole + 2)
+                    : err_set(&ctx->err, EINVAL, "%s", values[i].text);
+    }
+    return -EINVAL;
+}
+
+int dialect_image_size(struct verb_ctx *ctx) {
+    if (!called_qemu_img)
+        return -ctx->err.code;
+    if (ctx->err.code != ERANGE)
+        return dialect_bad_number(ctx, "image size");
+    err_clear(&ctx->err);
+    err_set(&ctx->err, EINVAL,
+            "Invalid image size specified. Must be between 0 and 9223372036854775807.");
+    err_hint(&ctx->err, SECOND);
+    return -EINVAL;
 }
 
 /* ---------------------------------------------------------------- opening */
@@ -220,6 +284,12 @@ void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *form
     } else {
         put_reason(&b, e, at_file, text, format);
     }
+    if (inside && ctx->verb && !strcmp(ctx->verb->name, "info")) {
+        /* There each image of the chain is opened by itself. */
+        strbuf_free(&b);
+        strbuf_printf(&b, "%s '%s': ", before, at_file);
+        put_reason(&b, e, at_file, text, NULL);
+    }
     int code = e->code;
     err_clear(e);
     err_set(e, code, "%s", b.s);
@@ -236,7 +306,7 @@ void dialect_print_error(const struct err *e) {
     strbuf_puts(&b, "qemu-img: ");
     strbuf_put_safe(&b, text, strlen(text));
     strbuf_puts(&b, "\n");
-    if (e->hint && !strncmp(e->hint, SECOND, 1))
+    if (e->hint && !strncmp(e->hint, SECOND, 1) && e->hint[1])
         strbuf_printf(&b, "%s\n", e->hint + 1);
     fwrite(b.s, 1, b.len, stderr);
 }

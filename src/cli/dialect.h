@@ -32,6 +32,11 @@ int dialect_main(int argc, char **argv);
 const struct cli_opt *dialect_row(const struct verb *v, char letter, const char *name);
 /* The row that `name` abbreviates, when it is the only one. */
 const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name);
+/*
+ * --object DEFINITION.  Secrets and TLS credentials may be defined; no format of this version asks
+ * for one, so they stay unused, as an unused one does there.
+ */
+int dialect_object(struct verb_ctx *ctx, const char *definition);
 /* Misuse: text, and the line that sends to --help. */
 int dialect_usage(struct verb_ctx *ctx, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The wrong number of positional arguments. */
@@ -45,6 +50,15 @@ void dialect_print_error(const struct err *e);
  */
 void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
                         const char *before);
+/* The value of an option of the command line cannot be read. */
+int dialect_bad_value(struct verb_ctx *ctx, const struct cli_opt *o, const char *value);
+/* SIZE of create cannot be read. */
+int dialect_image_size(struct verb_ctx *ctx);
+/* Prints "Formatting ..."; -EINVAL with an error for options that cannot be read at all. */
+int dialect_create_announce(struct verb_ctx *ctx, const struct driver *d, const json_t *tree,
+                            bool quiet);
+/* Rewrites the error of creating `name`, with `before` in front: "NAME: ". */
+void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *before);
 /* An option of -o was refused: "Invalid parameter 'x'". */
 int dialect_options_error(struct verb_ctx *ctx);
 int dialect_bad_size(struct verb_ctx *ctx, const char *text);

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #include "base/size.h"
 #include "cli/progress.h"
+#include "cli/dialect.h"
 
 const char *const progress_names[] = {"off", "bar", "json", NULL};
 
@@ -78,8 +79,18 @@ static void write_tenth(struct progress *p) {
     }
 }
 
+/* That program's form, on standard output. */
+static void write_qemu(const struct progress *p) {
+    printf("    (%3.2f/100%%)\r", percent(p));
+    fflush(stdout);
+}
+
 static void show(struct progress *p, int64_t now) {
     p->last_ns = now;
+    if (dialect_is_qemu()) {
+        write_qemu(p);
+        return;
+    }
     if (p->mode == PROGRESS_JSON)
         write_json(p);
     else if (p->terminal)
@@ -119,6 +130,8 @@ void progress_end(struct progress *p, bool success) {
     }
     if (success || p->mode == PROGRESS_JSON)
         show(p, now_ns());
+    if (dialect_is_qemu() && success)
+        putchar('\n');
     if (p->drawn) {
         fputs(success ? "\n" : "\r\033[K", stderr);
         fflush(stderr);

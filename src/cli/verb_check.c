@@ -12,6 +12,7 @@
 #include <string.h>
 #include "base/err.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "cli/progress.h"
 #include "disk/driver.h"
 #include "disk/node.h"
@@ -63,23 +64,31 @@ static void show_progress(void *arg, uint64_t done, uint64_t total) {
 
 static void print_json(const struct node *n, const struct check_result *r) {
     json_t *j = json_object();
+    /* In the order of qemu-img, which leaves most of them out when they are 0. */
     const struct {
         const char *key;
         uint64_t value;
+        bool always;
     } rows[] = {
-        {"image-end-offset", r->image_end_offset},
-        {"total-clusters", r->total_clusters},
-        {"allocated-clusters", r->allocated_clusters},
-        {"fragmented-clusters", r->fragmented_clusters},
+        {"image-end-offset", r->image_end_offset, true},
         {"compressed-clusters", r->compressed_clusters},
-        {"check-errors", r->check_errors},
+        {"total-clusters", r->total_clusters, true},
         {"corruptions", r->corruptions},
+        {"check-errors", r->check_errors, true},
         {"leaks", r->leaks},
+        {"allocated-clusters", r->allocated_clusters},
+        {"filename", 0},
+        {"format", 0},
+        {"fragmented-clusters", r->fragmented_clusters},
     };
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++)
-        json_object_set_new(j, rows[i].key, json_integer((json_int_t)rows[i].value));
-    json_object_set_new(j, "filename", cli_json_name(n->filename));
-    json_object_set_new(j, "format", json_string(n->drv->name));
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        if (!strcmp(rows[i].key, "filename"))
+            json_object_set_new(j, "filename", cli_json_name(n->filename));
+        else if (!strcmp(rows[i].key, "format"))
+            json_object_set_new(j, "format", json_string(n->drv->name));
+        else if (rows[i].value || rows[i].always || !dialect_is_qemu())
+            json_object_set_new(j, rows[i].key, json_integer((json_int_t)rows[i].value));
+    }
     cli_print_json(j);
 }
 
@@ -137,6 +146,9 @@ static int check_node_co(struct verb_ctx *ctx, struct node *n) {
 
 static int check_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
+    if (a->repair && dialect_is_qemu() && strcmp(a->repair, "leaks") && strcmp(a->repair, "all"))
+        return dialect_usage(ctx, "Unknown option value for -r (expecting 'leaks' or 'all'): %s",
+                             a->repair);
     if (a->repair) {
         err_set(&ctx->err, ENOTSUP, "repairing (-r %s) is not yet in this version", a->repair);
         err_hint(&ctx->err, "without -r the image is checked and left as it is");
@@ -150,7 +162,9 @@ static int check_run_co(struct verb_ctx *ctx) {
         rc = check_node_co(ctx, n);
     } else {
         struct err e AUTO_ERR = ERR_INIT;
-        err_set(&e, ENOTSUP, "%s: images of format '%s' have nothing that could be checked",
+        err_set(&e, ENOTSUP,
+                cli_words("%s: images of format '%s' have nothing that could be checked",
+                          "This image format does not support checks%.0s%.0s"),
                 n->filename, n->drv->name);
         cli_print_error(ctx, &e);
         rc = CHECK_UNSUPPORTED;

@@ -68,6 +68,8 @@ static const struct cli_opt convert_opts[] = {
              "bytes a second at most"),
     CLI_FLAG(struct convert_args, salvage, 0, "salvage",
              "write zeros for what cannot be read and go on"),
+    CLI_FLAG(struct convert_args, offload, 'C', "copy-offload",
+             "let the storage copy or share the data itself (tried anyway where it costs nothing)"),
     CLI_QUIET_ROW(struct convert_args, quiet),
     PROGRESS_ROWS(struct convert_args, progress),
     CLI_END,
@@ -100,18 +102,25 @@ static int misuse(struct verb_ctx *ctx, const char *text) {
 static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
     if (a->compress && a->out_of_order)
         return misuse(ctx, "-c writes in order: it cannot be combined with -W");
+    if (a->backing && !a->backing_format && dialect_is_qemu())
+        return misuse(ctx, "Use of backing file requires explicit backing format");
+    if (a->cache && dialect_is_qemu() && cache_parse(a->cache, NULL) < 0)
+        return err_set(&ctx->err, EINVAL, "Invalid cache option: %s", a->cache);
     if (a->backing_format && !a->backing)
         return misuse(ctx, "-F needs -B");
     if (a->target_image_opts && !a->no_create)
-        return misuse(ctx, "--target-image-opts needs -n: it names an existing target");
+        return misuse(ctx, cli_words("--target-image-opts needs -n: it names an existing target",
+                                     "--target-image-opts requires use of -n flag"));
     if (a->target_image_opts && a->out_format)
         return misuse(ctx, "--target-image-opts and -O exclude each other");
     if (a->target_is_zero && !a->no_create)
-        return misuse(ctx, "--target-is-zero needs -n");
+        return misuse(ctx, cli_words("--target-is-zero needs -n",
+                                     "--target-is-zero requires use of -n flag"));
     if (a->target_is_zero && a->backing)
         return misuse(ctx, "--target-is-zero and -B exclude each other");
     if (a->no_create && a->options.n)
-        return misuse(ctx, "-o describes a new target and cannot be combined with -n");
+        return misuse(ctx, cli_words("-o describes a new target and cannot be combined with -n",
+                                     "-o has no effect when skipping image creation"));
     if (a->src.format && a->src.image_opts)
         return misuse(ctx, "-f and --image-opts exclude each other");
     return 0;
@@ -140,6 +149,11 @@ static int narrow_co(struct convert *c, struct node **src) {
     return r;
 }
 
+/* There disks come in sectors: a file of odd length is rounded up. */
+static uint64_t length_of(const struct node *src) {
+    return dialect_is_qemu() ? align_up(src->size, 512) : src->size;
+}
+
 static int open_sources_co(struct convert *c, int n) {
     for (int i = 0; i < n; i++) {
         int r = cli_open_co(c->ctx, c->names[i], &c->a->src, 0, &c->src[i]);
@@ -148,7 +162,7 @@ static int open_sources_co(struct convert *c, int n) {
         c->src_n++;
         if (c->a->windowed && (r = narrow_co(c, &c->src[i])) < 0)
             return r;
-        if (!ck_add(c->size, c->src[i]->size, &c->size) || c->size > INT64_MAX)
+        if (!ck_add(c->size, length_of(c->src[i]), &c->size) || c->size > INT64_MAX)
             return err_set(&c->ctx->err, EFBIG, "the sources are too large together");
     }
     return 0;
@@ -233,6 +247,20 @@ static bool starts_as_zeros(const struct convert *c, const json_t *options) {
     return c->dst->granularity > 1 && (!p || !strcmp(p, "off"));
 }
 
+/* A new target in that program's words. */
+static int target_error(struct convert *c) {
+    struct err *e = &c->ctx->err;
+    int rc = -e->code;
+    if (strstr(e->text, "option '")) {
+        dialect_options_error(c->ctx);
+    } else {
+        char *before AUTO_FREE =
+            xasprintf("%s: error while converting %s: ", c->target_name, c->format->name);
+        dialect_create_error(c->ctx, c->target_name, before);
+    }
+    return rc;
+}
+
 static int create_target_co(struct convert *c) {
     const struct convert_args *a = c->a;
     struct err *e = &c->ctx->err;
@@ -270,6 +298,8 @@ static int create_target_co(struct convert *c) {
     if (r == 0)
         c->zero_init = !c->dst->backing && starts_as_zeros(c, options);
     json_decref(options);
+    if (r < 0 && dialect_is_qemu())
+        return target_error(c);
     return r < 0 ? err_prefix(e, "%s", c->target_name) : 0;
 }
 
@@ -307,7 +337,7 @@ static int check_size(struct convert *c) {
 static void on_progress(void *arg, const struct copy_progress *p) {
     struct convert *c = arg;
     /* Sources that are still to come count by their size. */
-    uint64_t later = c->size - c->done_before - c->src_now->size;
+    uint64_t later = c->size - c->done_before - length_of(c->src_now);
     progress_update(&c->bar, c->done_before + p->done, c->done_before + p->total + later);
 }
 
@@ -350,7 +380,7 @@ static int copy_all_co(struct convert *c) {
         c->src_now = c->src[i];
         c->done_before = at;
         r = copy_run_co(c->src[i], c->dst, c->src[i]->size, at, &o, &c->ctx->err);
-        at += c->src[i]->size;
+        at += length_of(c->src[i]);
     }
     if (show)
         progress_end(&c->bar, r == 0);
@@ -395,6 +425,8 @@ int convert_with_co(struct verb_ctx *ctx, const struct convert_args *a, char **n
             return err_set(&ctx->err, EINVAL,
                            cli_words("unknown format '%s'", "Unknown file format '%s'"), name);
     }
+    if (a->compress && c.format && dialect_is_qemu() && !strcmp(c.format->name, "raw"))
+        return misuse(ctx, "Compression not supported for this file format");
     c.src = xcalloc(n, sizeof(*c.src));
     loop_on_signal(ctx->loop, SIGINT, on_signal, &c);
     loop_on_signal(ctx->loop, SIGTERM, on_signal, &c);

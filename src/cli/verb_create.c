@@ -14,6 +14,7 @@
 #include "base/size.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "disk/node.h"
 #include "disk/open.h"
 
@@ -102,17 +103,20 @@ static int look_at_backing_co(struct verb_ctx *ctx, const char *image, const cha
     return rc;
 }
 
-static int check_backing_co(struct verb_ctx *ctx, json_t *tree, bool *has_size, uint64_t *size) {
+static int check_backing_co(struct verb_ctx *ctx, const struct driver *d, json_t *tree,
+                            bool *has_size, uint64_t *size) {
     const struct args *a = ctx->args;
     const char *name = json_string_value(json_object_get(tree, "backing_file"));
     const char *format = json_string_value(json_object_get(tree, "backing_fmt"));
-    if (!name && format)
-        return err_set(&ctx->err, EINVAL, "-F needs a backing file (-b)");
+    if (!name && format) {
+        int rc = dialect_create_announce(ctx, d, tree, a->quiet);
+        return rc < 0 ? rc : err_set(&ctx->err, EINVAL, "-F needs a backing file (-b)");
+    }
     if (!name)
         return 0;
-    const struct driver *d;
+    const struct driver *backing;
     if (format) {
-        int rc = find_format(ctx, format, &d);
+        int rc = find_format(ctx, format, &backing);
         if (rc < 0)
             return err_prefix(&ctx->err, "option '-F'");
     }
@@ -145,7 +149,7 @@ static int put_size(struct verb_ctx *ctx, json_t *tree, bool *has_size, uint64_t
         return 0;
     int rc = size_parse(text, "size", size, &ctx->err);
     if (rc < 0)
-        return rc;
+        return dialect_image_size(ctx);
     *has_size = true;
     json_object_set_new(tree, "size", json_integer((json_int_t)*size));
     return 0;
@@ -177,25 +181,29 @@ static int create_with_tree_co(struct verb_ctx *ctx, const char *format, const s
     if (!rc)
         rc = put_size(ctx, tree, &has_size, &size);
     if (!rc)
-        rc = check_backing_co(ctx, tree, &has_size, &size);
+        rc = check_backing_co(ctx, d, tree, &has_size, &size);
     if (!rc && !has_size) {
         rc = err_set(&ctx->err, EINVAL, "a size is missing");
         err_hint(&ctx->err, "strata create -f %s %s 10G", format, ctx->pos[0]);
     }
     if (!rc)
+        rc = dialect_create_announce(ctx, d, tree, a->quiet);
+    if (!rc)
         rc = disk_create_co(ctx->pos[0], format, tree, CREATE_REPLACE, &ctx->err);
-    if (!rc && !a->quiet)
+    if (!rc && !a->quiet && !dialect_is_qemu())
         print_created(ctx, format, tree, size);
     return rc;
 }
 
-static int create_run_co(struct verb_ctx *ctx) {
+static int create_image_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     const char *format = a->format ? a->format : "raw";
     const struct driver *d;
     json_t *tree;
     if (cli_options_want_help(&a->options))
         return cli_print_create_help(ctx, format);
+    if (!ctx->pos_n && dialect_is_qemu())
+        return dialect_usage(ctx, "Expecting image file name");
     if (!ctx->pos_n)
         return err_set(&ctx->err, EINVAL, "arguments are missing: create takes FILE [SIZE]");
     int rc = find_format(ctx, format, &d);
@@ -205,6 +213,15 @@ static int create_run_co(struct verb_ctx *ctx) {
         return rc;
     rc = create_with_tree_co(ctx, format, d, tree);
     json_decref(tree);
+    return rc;
+}
+
+static int create_run_co(struct verb_ctx *ctx) {
+    int rc = create_image_co(ctx);
+    if (rc < 0 && ctx->pos_n && dialect_is_qemu()) {
+        char *before AUTO_FREE = xasprintf("%s: ", ctx->pos[0]);
+        dialect_create_error(ctx, ctx->pos[0], before);
+    }
     return rc;
 }
 

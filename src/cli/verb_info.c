@@ -34,6 +34,8 @@ static char *full_backing_name(const struct node *n) {
 
 static json_t *describe(struct node *n) {
     json_t *j = json_object();
+    if (n->backing_format)
+        json_object_set_new(j, "backing-filename-format", cli_json_name(n->backing_format));
     json_object_set_new(j, "virtual-size", json_integer((json_int_t)n->size));
     json_object_set_new(j, "filename", cli_json_name(n->filename));
     if (n->granularity > 1)
@@ -55,8 +57,6 @@ static json_t *describe(struct node *n) {
             json_object_set_new(j, "full-backing-filename", cli_json_name(full));
         json_object_set_new(j, "backing-filename", cli_json_name(n->backing_name));
     }
-    if (n->backing_format)
-        json_object_set_new(j, "backing-filename-format", cli_json_name(n->backing_format));
     json_object_set_new(j, "dirty-flag", dirty ? dirty : json_false());
     return j;
 }

@@ -21,6 +21,7 @@
 #include "base/ck.h"
 #include "base/err.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -163,7 +164,7 @@ static int map_run_co(struct verb_ctx *ctx) {
     int rc = cli_open_co(ctx, ctx->pos[0], &a->image, 0, &n);
     if (rc < 0)
         return rc;
-    if (a->start > n->size) {
+    if (a->start > n->size && !dialect_is_qemu()) {
         rc = err_set(&ctx->err, EINVAL,
                      "option '--start-offset': %" PRIu64 " is behind the end of the disk (%" PRIu64
                      " bytes)",
@@ -174,7 +175,10 @@ static int map_run_co(struct verb_ctx *ctx) {
     if (!isatty(STDOUT_FILENO))
         setvbuf(stdout, NULL, _IOFBF, 1 << 16);
     struct printer p = {.json = a->output == OUTPUT_JSON};
-    uint64_t end = a->start + min_u64(a->max_length, n->size - a->start);
+    uint64_t end = min_u64(a->start, n->size);
+    end += min_u64(a->max_length, n->size - end);
+    if (!p.json && a->start >= end && dialect_is_qemu())
+        puts("Offset          Length          Mapped to       File");
     rc = map_range_co(ctx, n, a->start, end, &p);
     if (p.json)
         puts(p.any ? "]" : "[]");

@@ -85,7 +85,9 @@ static int open_base_co(struct verb_ctx *ctx, struct node *image, struct node **
     int rc = node_open_co(&req, out, &ctx->err);
     if (rc < 0 && dialect_is_qemu())
         dialect_open_error(ctx, full, a->backing_format, "Could not open new backing file");
-    return rc < 0 ? err_prefix(&ctx->err, dialect_is_qemu() ? "" : "new backing file") : 0;
+    if (rc < 0 && !dialect_is_qemu())
+        err_prefix(&ctx->err, "new backing file");
+    return rc;
 }
 
 static int copy_co(struct verb_ctx *ctx, struct node *image, struct node *base) {

@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * create and the -o options of convert and measure in qemu-img's words: the "Formatting" line and
+ * the texts of refusals.
+ *
+ * The line shows every option that has a value, defaults of qcow2 included, in that program's
+ * order, and is printed before the file is made; values that cannot be read at all (a size that is
+ * none, an unknown key) are refused before it, values that the format refuses behind it.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/opt.h"
+#include "base/size.h"
+#include "base/strbuf.h"
+#include "cli/dialect.h"
+#include "disk/driver.h"
+
+#define SECOND "\001"
+#define SIZE_SUFFIXES                                                                              \
+    SECOND "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"          \
+           "and exabytes, respectively."
+
+/* ---------------------------------------------------------------- the line */
+
+struct shown {
+    const char *key, *def; /* def NULL: only when given */
+};
+static const struct shown qcow2_keys[] = {
+    {"encryption", NULL},
+    {"cluster_size", "65536"},
+    {"extended_l2", "off"},
+    {"preallocation", NULL},
+    {"compression_type", "zlib"},
+    {"size", NULL},
+    {"compat", NULL},
+    {"data_file", NULL},
+    {"data_file_raw", NULL},
+    {"backing_file", NULL},
+    {"backing_fmt", NULL},
+    {"lazy_refcounts", "off"},
+    {"refcount_bits", "16"},
+    {NULL, NULL},
+};
+
+static bool is_size(const struct driver *d, const char *key) {
+    for (const struct opt *o = d->create_opts; o && o->name; o++)
+        if (!strcmp(o->name, key))
+            return o->type == OPT_T_SIZE;
+    return false;
+}
+
+static void print_pair(const struct driver *d, const char *key, const json_t *v) {
+    const char *text = json_string_value(v);
+    uint64_t bytes;
+    if (json_is_integer(v))
+        printf(" %s=%" JSON_INTEGER_FORMAT, key, json_integer_value(v));
+    else if (text && is_size(d, key) && size_parse(text, key, &bytes, NULL) == 0)
+        printf(" %s=%" PRIu64, key, bytes);
+    else if (text)
+        printf(" %s=%s", key, text);
+    else
+        printf(" %s=%s", key, json_is_true(v) ? "on" : "off");
+}
+
+static void print_line(const char *name, const struct driver *d, const json_t *tree) {
+    printf("Formatting '%s', fmt=%s", name, d->name);
+    if (!strcmp(d->name, "qcow2")) {
+        for (const struct shown *k = qcow2_keys; k->key; k++) {
+            const json_t *v = json_object_get(tree, k->key);
+            if (v)
+                print_pair(d, k->key, v);
+            else if (k->def)
+                printf(" %s=%s", k->key, k->def);
+        }
+    } else {
+        const char *key;
+        json_t *v;
+        print_pair(d, "size", json_object_get(tree, "size"));
+        json_object_foreach((json_t *)tree, key, v) if (strcmp(key, "size")) print_pair(d, key, v);
+    }
+    putchar('\n');
+    fflush(stdout); /* in front of what goes to standard error */
+}
+
+/* Refused before the line is printed. */
+static bool is_unreadable(const struct err *e) {
+    static const char *const texts[] = {"unknown option '",   "is not a size",   "is larger than",
+                                        "expected on or off", "is not a number", NULL};
+    for (int i = 0; texts[i]; i++)
+        if (strstr(e->text, texts[i]))
+            return true;
+    return false;
+}
+
+int dialect_create_announce(struct verb_ctx *ctx, const struct driver *d, const json_t *tree,
+                            bool quiet) {
+    if (!dialect_is_qemu())
+        return 0;
+    void *filled = xcalloc(1, d->create_opts_size ? d->create_opts_size : 1);
+    struct err e AUTO_ERR = ERR_INIT;
+    int rc = opt_fill(d->create_opts, tree, OPT_CREATE, NULL, filled, &e);
+    if (rc == 0)
+        opt_free(d->create_opts, filled);
+    free(filled);
+    if (rc < 0 && is_unreadable(&e)) {
+        err_move(&ctx->err, &e);
+        return rc;
+    }
+    if (!quiet)
+        print_line(ctx->pos[0], d, tree);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- refusals */
+
+static const char *behind(const char *text, const char *mark) {
+    const char *at = strstr(text, mark);
+    return at ? at + strlen(mark) : NULL;
+}
+
+/* The quoted word at `s`. */
+static char *word(const char *s) {
+    return xstrndup(s, strcspn(s, "'"));
+}
+
+/* What was wrong with one option's value; NULL: the text is of another kind. */
+static char *option_reason(const char *text, const char **second) {
+    const char *why = behind(text, "unknown option '");
+    if (why) {
+        char *key AUTO_FREE = word(why);
+        return xasprintf("Invalid parameter '%s'", key);
+    }
+    const char *at = behind(text, "option '");
+    if (!at)
+        return NULL;
+    char *key AUTO_FREE = word(at);
+    if (!strcmp(key, "cluster_size") && !strstr(text, "is not a size"))
+        return xstrdup("Cluster size must be a power of two between 512 and 2048k");
+    if (strstr(text, "is not a size") || strstr(text, "is larger than")) {
+        *second = SIZE_SUFFIXES;
+        return xasprintf("Parameter '%s' expects a non-negative number below 2^64", key);
+    }
+    if (strstr(text, "expected on or off"))
+        return xasprintf("Parameter '%s' expects 'on' or 'off'", key);
+    if (strstr(text, "is not a number"))
+        return xasprintf("Parameter '%s' expects a number", key);
+    if (strstr(text, "expected one of") && (why = behind(text, "found '"))) {
+        char *value AUTO_FREE = word(why);
+        return xasprintf("Parameter '%s' does not accept value '%s'",
+                         strcmp(key, "compat") ? key : "version", value);
+    }
+    return NULL;
+}
+
+static char *backing_reason(const struct err *e, const char *text, const char **second,
+                            char **owned) {
+    const char *why = behind(text, "cannot open: "), *fmt = behind(text, "unknown format '");
+    if (!strncmp(text, "backing file: ", 14)) {
+        const char *name = text + 14;
+        *second = SECOND "Could not open backing image.";
+        return why ? xasprintf("Could not open '%.*s': %s", (int)strcspn(name, ":"), name, why)
+                   : xstrdup(text);
+    }
+    if (!strncmp(text, "option '-F'", 11) && fmt) {
+        char *name AUTO_FREE = word(fmt);
+        *second = SECOND "Could not open backing image.";
+        return xasprintf("Unknown driver '%s'", name);
+    }
+    if (strstr(text, "is given without its format")) {
+        const char *detected = e->hint ? behind(e->hint, "add -F ") : NULL;
+        if (detected)
+            *second = *owned = xasprintf(SECOND "Detected format of %s.", detected);
+        return xstrdup("Backing file specified without backing format");
+    }
+    if (strstr(text, "-F needs a backing file"))
+        return xstrdup("Backing format cannot be used without backing file");
+    if (strstr(text, "its own backing file"))
+        return xstrdup(
+            "Error: Trying to create an image with the same filename as the backing file");
+    return NULL;
+}
+
+static char *file_reason(const struct err *e, const char *name, const char *text,
+                         const char **second, char **owned) {
+    const char *why = behind(text, "cannot create a file in ");
+    if (why && (why = strstr(why, ": ")))
+        return xasprintf("Could not create '%s': %s", name, why + 2);
+    if (e->code == EAGAIN) {
+        *second = *owned = xasprintf(SECOND "Is another process using the image [%s]?", name);
+        return xstrdup("Failed to get \"write\" lock");
+    }
+    if (!strncmp(text, "unknown format '", 16)) {
+        char *fmt AUTO_FREE = word(text + 16);
+        return xasprintf("Unknown file format '%s'", fmt);
+    }
+    if (strstr(text, "a size is missing"))
+        return xstrdup("Image creation needs a size parameter");
+    return NULL;
+}
+
+void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *before) {
+    struct err *e = &ctx->err;
+    if (!dialect_is_qemu() || !e->text || (e->hint && *e->hint == *SECOND))
+        return;
+    char *safe AUTO_FREE = cli_safe(name), *owned AUTO_FREE = NULL, *reason AUTO_FREE = NULL;
+    const char *text = e->text, *second = NULL;
+    size_t len = strlen(safe);
+    while (!strncmp(text, safe, len) && !strncmp(text + len, ": ", 2))
+        text += len + 2;
+    reason = backing_reason(e, text, &second, &owned);
+    if (!reason)
+        reason = file_reason(e, name, text, &second, &owned);
+    if (!reason)
+        reason = option_reason(text, &second);
+    if (!reason)
+        reason = xstrdup(text);
+    int code = e->code;
+    err_clear(e);
+    err_set(e, code, "%s%s", before, reason);
+    if (second)
+        err_hint(e, "%s", second);
+}
+
+int dialect_options_error(struct verb_ctx *ctx) {
+    const char *second = NULL;
+    if (!dialect_is_qemu() || !ctx->err.text)
+        return -ctx->err.code;
+    char *reason AUTO_FREE = option_reason(ctx->err.text, &second);
+    if (!reason)
+        return -ctx->err.code;
+    int rc = err_set(&ctx->err, EINVAL, "%s", reason);
+    if (!second && !strcmp(ctx->verb->name, "measure"))
+        second = SECOND "qemu-img: Invalid options for file format 'qcow2'";
+    if (second)
+        err_hint(&ctx->err, "%s", second);
+    return rc;
+}
