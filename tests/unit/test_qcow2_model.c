@@ -707,6 +707,121 @@ static void flushes_share_a_write_back(void *arg) {
     node_unref_co(file);
 }
 
+/*
+ * Shrinking and emptying: at every barrier the storage as power cuts would leave it is opened and
+ * checked.  Words below `keep` read as they did; those that are to go as before, as zeros, or as
+ * what lies below.
+ */
+struct drop {
+    struct node *file, *base;
+    uint64_t *content, *below; /* of the whole disk, in words */
+    uint64_t words, keep;
+    unsigned cuts;
+};
+
+static void cut_while_dropping_co(void *arg) {
+    struct drop *d = arg;
+    for (int i = 0; i < 3; i++, d->cuts++) {
+        struct node *n = open_on(disk_after_cut(d->file), OPEN_CHECK, d->base);
+        uint64_t words = n->size / 8, *read = malloc(n->size);
+        check(n, "dropping", false);
+        assert_int_equal(disk_pread_co(n, 0, read, n->size), 0);
+        for (uint64_t w = 0; w < words; w++) {
+            bool good =
+                read[w] == d->content[w] || (w >= d->keep && (!read[w] || read[w] == d->below[w]));
+            if (!good)
+                print_error("word %llu is %llu\n", (unsigned long long)w,
+                            (unsigned long long)read[w]);
+            assert_true(good);
+        }
+        free(read);
+        node_unref_co(n);
+    }
+}
+
+static struct node *drop_begin_co(struct drop *d, const struct shape *sh) {
+    d->file = make_image(sh);
+    d->words = sh->size / 8;
+    d->base = sh->backing ? make_base(sh->size) : NULL;
+    d->content = calloc(d->words, 8);
+    d->below = calloc(d->words, 8);
+    if (d->base) {
+        memcpy(d->below, ((struct disk *)d->base->state)->now, sh->size);
+        memcpy(d->content, d->below, sh->size);
+    }
+    struct node *n = open_on(node_ref(d->file), OPEN_RW | OPEN_UNMAP, d->base);
+    for (int i = 0; i < 120; i++) {
+        uint64_t at = rng(d->words), length = 1 + rng(min_u64(d->words - at, 2000));
+        for (uint64_t w = at; w < at + length; w++)
+            d->content[w] = 1000 + rng(1 << 30);
+        assert_int_equal(disk_pwrite_co(n, at * 8, d->content + at, length * 8), 0);
+    }
+    assert_int_equal(disk_flush_co(n), 0);
+    return n;
+}
+
+static void drop_end_co(struct drop *d, struct node *n) {
+    struct disk *disk = d->file->state;
+    disk->before_sync_co = NULL;
+    assert_true(d->cuts > 0);
+    node_unref_co(n);
+    n = open_on(d->file, OPEN_CHECK, d->base);
+    check(n, "at the end", true);
+    node_unref_co(n);
+    node_unref_co(d->base);
+    free(d->content);
+    free(d->below);
+}
+
+static void watch_cuts(struct drop *d) {
+    struct disk *disk = d->file->state;
+    disk->before_sync_co = cut_while_dropping_co;
+    disk->arg = d;
+}
+
+static const struct shape drop_shapes[] = {
+    {.options = "\"cluster_size\": 512", .size = MIB},
+    {.options = "\"cluster_size\": 512, \"refcount_bits\": 1", .size = MIB, .backing = true},
+    {.options = "\"cluster_size\": 4096, \"refcount_bits\": 64", .size = 2 * MIB},
+    {.options = "\"cluster_size\": 4096, \"compat\": \"0.10\"", .size = MIB, .backing = true},
+};
+
+static void shrinking_survives_power_cuts(void *arg) {
+    for (size_t i = 0; i < sizeof(drop_shapes) / sizeof(drop_shapes[0]); i++) {
+        struct err e AUTO_ERR = ERR_INIT;
+        struct drop d = {0};
+        struct node *n = drop_begin_co(&d, &drop_shapes[i]);
+        watch_cuts(&d);
+        while (n->size > 4096) {
+            d.keep = rng(n->size / 512) * 64;
+            uint64_t before = n->size / 8;
+            assert_int_equal(disk_resize_co(n, d.keep * 8, PREALLOC_OFF, &e), 0);
+            memset(d.content + d.keep, 0, (before - d.keep) * 8);
+            memset(d.below + d.keep, 0, (before - d.keep) * 8);
+            assert_int_equal(disk_flush_co(n), 0);
+        }
+        drop_end_co(&d, n);
+    }
+}
+
+static void emptying_survives_power_cuts(void *arg) {
+    for (size_t i = 0; i < sizeof(drop_shapes) / sizeof(drop_shapes[0]); i++) {
+        struct err e AUTO_ERR = ERR_INIT;
+        struct drop d = {0};
+        struct node *n = drop_begin_co(&d, &drop_shapes[i]);
+        uint64_t *read = malloc(n->size);
+        watch_cuts(&d);
+        node_quiesce_co(n);
+        assert_int_equal(driver_qcow2.format->empty_co(n, &e), 0);
+        node_resume(n);
+        assert_int_equal(disk_flush_co(n), 0);
+        assert_int_equal(disk_pread_co(n, 0, read, n->size), 0);
+        assert_memory_equal(read, d.below, n->size);
+        free(read);
+        drop_end_co(&d, n);
+    }
+}
+
 static void in_a_loop(task_fn *fn) {
     struct loop *loop;
     struct err e AUTO_ERR = ERR_INIT;
@@ -721,6 +836,8 @@ static void in_a_loop(task_fn *fn) {
 SMALL(backing_is_recorded)
 SMALL(reopening_writes_back_and_writes_again)
 SMALL(flushes_share_a_write_back)
+SMALL(shrinking_survives_power_cuts)
+SMALL(emptying_survives_power_cuts)
 
 #define CLUSTERS(bytes, more) "\"cluster_size\": " #bytes more
 #define BITS(n) ", \"refcount_bits\": " #n
@@ -778,6 +895,8 @@ int main(void) {
         cmocka_unit_test(test_backing_is_recorded),
         cmocka_unit_test(test_reopening_writes_back_and_writes_again),
         cmocka_unit_test(test_flushes_share_a_write_back),
+        cmocka_unit_test(test_shrinking_survives_power_cuts),
+        cmocka_unit_test(test_emptying_survives_power_cuts),
         cmocka_unit_test(clusters_of_512),
         cmocka_unit_test(clusters_of_4k),
         cmocka_unit_test(clusters_of_64k),
