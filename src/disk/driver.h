@@ -222,6 +222,11 @@ struct storage_ops {
     int (*zero_co)(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
     int (*discard_co)(struct node *n, uint64_t offset, uint64_t length); /* NULL: nothing happens */
     int (*flush_co)(struct node *n);                                     /* NULL: nothing to do */
+    /*
+     * Begins to move what the host caches of this node to the medium, without a promise: a flush
+     * that comes later has less to wait for.  NULL: nothing happens.
+     */
+    void (*writeback_co)(struct node *n);
     int (*truncate_co)(struct node *n, uint64_t size, int prealloc, struct err *e);
     /*
      * Longest run of DATA or ZERO from `offset` (SEEK_DATA/SEEK_HOLE).  kind is DATA (host_offset =

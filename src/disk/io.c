@@ -163,6 +163,15 @@ int disk_flush_co(struct node *n) {
     return r;
 }
 
+void disk_writeback_co(struct node *n) {
+    struct node *s = node_storage(n);
+    if (!node_is_rw(s) || s->flags & NODE_NO_FLUSH || !s->drv->storage->writeback_co)
+        return;
+    node_enter_co(s);
+    s->drv->storage->writeback_co(s);
+    node_leave(s);
+}
+
 int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     if (!node_is_rw(n))
         return err_set(e, EROFS, "the image is open read-only");

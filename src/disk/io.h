@@ -77,6 +77,9 @@ enum status_flags {
 int disk_status_co(struct node *n, uint64_t offset, uint64_t length, unsigned status_flags,
                    struct status *out);
 
+/* A hint: a flush will come; the storage below `n` may begin its work now. */
+void disk_writeback_co(struct node *n);
+
 int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 
 /* Copies inside the storage where both sides are plain data of one driver that can; -ENOTSUP: copy

@@ -376,6 +376,7 @@ static int run_workers_co(struct copy_job *j) {
 
     struct task_group group;
     task_group_init(&group);
+    j->group = &group;
     for (unsigned i = 0; i < n; i++)
         task_group_spawn(&group, loop_self(), worker_task, ks[i]);
     task_group_wait_co(&group);

@@ -33,6 +33,7 @@ enum {
     COPY_HOLES_MAX = 32,      /* known zero runs inside one window */
     COPY_BLOCKS_MAX = COPY_CHUNK_MAX / COPY_BLOCK_MIN,
     COPY_WORKERS_MAX = 16,
+    COPY_WRITEBACK = 32 << 20, /* code between two requests to write it back */
 };
 
 enum copy_kind {
@@ -86,6 +87,11 @@ struct copy_job {
     uint64_t ahead_end; /* in the target: room is there up to here where a run began */
     struct copy_range *punch;
     unsigned punches;
+
+    /* compressing: the disk works while the processors do (copy_coded.c) */
+    uint64_t unsynced; /* bytes of code since the last write-back began */
+    bool syncing;
+    struct task_group *group; /* of the workers, and of whatever they start */
 
     int64_t rate_next_ns;
     int64_t progress_ns;

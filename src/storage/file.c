@@ -437,6 +437,15 @@ int file_flush_co(struct node *n) {
     return r;
 }
 
+static int writeback_worker(void *arg) {
+    return sync_file_range(*(int *)arg, 0, 0, SYNC_FILE_RANGE_WRITE);
+}
+
+static void file_writeback_co(struct node *n) {
+    int fd = file_state(n)->fd;
+    offload_blocking_co(writeback_worker, &fd); /* waits where the device's queue is full */
+}
+
 /* ----------------------------------------------------------------- driver */
 
 static const char *const locking_names[] = {"auto", "on", "off", NULL};
@@ -454,6 +463,7 @@ static const struct storage_ops file_storage = {
     .zero_co = file_zero_co,
     .discard_co = file_discard_co,
     .flush_co = file_flush_co,
+    .writeback_co = file_writeback_co,
     .truncate_co = file_truncate_co,
     .extents_co = file_extents_co,
     .allocated = file_allocated,
