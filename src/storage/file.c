@@ -172,6 +172,9 @@ int file_adopt(struct node *n, const struct stat *st, struct err *e) {
     return 0;
 }
 
+#define LOCK_PAUSE_NS INT64_C(10000000)
+#define LOCK_TRIES 50 /* half a second */
+
 int file_take_locks(struct node *n, struct err *e) {
     struct file_state *s = file_state(n);
     const struct file_opts *o = n->opts;
@@ -183,6 +186,12 @@ int file_take_locks(struct node *n, struct err *e) {
     unsigned perm = force ? PERM_CONSISTENT_READ : n->perm;
     unsigned shared = force ? PERM_ALL : n->shared;
     int r = file_lock_take(s->fd, &s->lock, perm, shared, &why);
+    /* The kernel ends the last requests of a killed process, and with them its locks, a moment
+     * after the process is gone: whoever starts in its place waits that long. */
+    for (int i = 0; r == -EAGAIN && s->lock.nobody && i < LOCK_TRIES; i++) {
+        loop_sleep_co(LOCK_PAUSE_NS);
+        r = file_lock_take(s->fd, &s->lock, perm, shared, &why);
+    }
     if (r < 0 && locking == LOCKING_AUTO && file_lock_unsupported(-r))
         return 0;
     if (r < 0)

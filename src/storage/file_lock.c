@@ -52,8 +52,9 @@ bool file_lock_unsupported(int code) {
            code == ENOTTY;
 }
 
-static int lock_conflict(int fd, unsigned perm, unsigned unshared, struct err *e) {
+static int lock_conflict(int fd, unsigned perm, unsigned unshared, bool *nobody, struct err *e) {
     char *who AUTO_FREE = e ? file_lock_holders(fd, perm, unshared) : NULL;
+    *nobody = !who;
     int r = err_set(e, EAGAIN, "file is in use by %s", who ? who : "another process");
     if (perm & (PERM_WRITE | PERM_RESIZE))
         err_hint(e, "stop the other user first: two writers would destroy the disk");
@@ -82,7 +83,7 @@ int file_lock_take(int fd, struct file_lock *held, unsigned perm, unsigned share
     lock_mask(fd, LOCK_USED_BASE, add_perm, F_UNLCK);
     lock_mask(fd, LOCK_UNSHARED_BASE, add_unshared, F_UNLCK);
     if (r == -EAGAIN || r == -EACCES)
-        return lock_conflict(fd, perm, unshared, e);
+        return lock_conflict(fd, perm, unshared, &held->nobody, e);
     return err_errno(e, -r, "the file system cannot lock the file");
 }
 

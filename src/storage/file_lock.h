@@ -27,6 +27,7 @@ struct err;
 /* What one open file description holds now; all zero: nothing. */
 struct file_lock {
     unsigned perm, unshared;
+    bool nobody; /* the last refusal: somebody holds it, but no process that we can see */
 };
 
 /*

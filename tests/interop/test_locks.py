@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
 """strata and QEMU keep each other out of a disk by the same byte-range locks."""
 import contextlib
+import fcntl
+import os
 import shutil
+import socket
+import struct
 import subprocess
+import threading
 
 import pytest
 
@@ -120,3 +125,41 @@ def test_create_does_not_replace_an_image_in_use(run, disk):
         p = run("create", "-f", "raw", disk, "8M", status=1)
     assert f"process {q.pid} (qemu-io" in p.stderr
     assert disk.stat().st_size == 4 << 20
+
+
+# ---------------------------------------------------------------- holders that are gone
+
+
+class HeldByNobody:
+    """QEMU's lock bytes of a writer on a description that only a message in a socket refers to."""
+
+    F_OFD_SETLK = 37
+
+    def __init__(self, image):
+        fd = os.open(image, os.O_RDWR)
+        for byte in (100, 101, 103, 201, 203):
+            fcntl.fcntl(fd, self.F_OFD_SETLK, struct.pack("hh4xqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0))
+        self.near, self.far = socket.socketpair()
+        socket.send_fds(self.near, [b"x"], [fd])
+        os.close(fd)
+
+    def release(self):
+        self.near.close()
+        self.far.close()
+
+
+def test_the_locks_of_a_process_that_is_gone_are_waited_for(run, tmp_path):
+    image = tmp_path / "d.qcow2"
+    run("create", "-f", "qcow2", image, "1M")
+    held = HeldByNobody(image)
+    threading.Timer(0.2, held.release).start()
+    run("io", "-f", "qcow2", "-c", "write 0 4k", image)
+
+
+def test_locks_that_stay_are_not_waited_for_long(run, tmp_path):
+    image = tmp_path / "d.qcow2"
+    run("create", "-f", "qcow2", image, "1M")
+    held = HeldByNobody(image)
+    p = run("io", "-f", "qcow2", "-c", "write 0 4k", image, status=1, timeout=20)
+    held.release()
+    assert "in use by another process" in p.stderr
