@@ -7,6 +7,7 @@
  * learns how much data there is), so a percentage may fall; it never exceeds 100.
  */
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -85,6 +86,30 @@ static void write_qemu(const struct progress *p) {
     fflush(stdout);
 }
 
+/* ---- on demand ---- */
+
+static volatile sig_atomic_t demanded;
+
+static void on_demand(int signo) {
+    demanded = 1;
+}
+
+static void catch_demands(bool on) {
+    struct sigaction sa = {.sa_handler = on ? on_demand : SIG_DFL, .sa_flags = SA_RESTART};
+    sigemptyset(&sa.sa_mask);
+    demanded = 0;
+    sigaction(SIGUSR1, &sa, NULL);
+}
+
+static void write_demanded(const struct progress *p) {
+    demanded = 0;
+    if (dialect_is_qemu()) {
+        write_qemu(p);
+        return;
+    }
+    fprintf(stderr, "(%.2f/100%%)\n", percent(p));
+}
+
 static void show(struct progress *p, int64_t now) {
     p->last_ns = now;
     if (dialect_is_qemu()) {
@@ -104,7 +129,8 @@ void progress_begin(struct progress *p, const struct progress_args *args) {
     if (p->mode == PROGRESS_OFF && args->bar)
         p->mode = PROGRESS_BAR;
     if (p->mode == PROGRESS_OFF)
-        return;
+        p->mode = PROGRESS_DEMAND;
+    catch_demands(true);
     p->terminal = isatty(STDERR_FILENO);
     p->start_ns = now_ns();
     p->last_ns = p->start_ns - PERIOD_NS;
@@ -115,6 +141,10 @@ void progress_update(struct progress *p, uint64_t done, uint64_t total) {
         return;
     p->done = done;
     p->total = total;
+    if (demanded)
+        write_demanded(p);
+    if (p->mode == PROGRESS_DEMAND)
+        return;
     int64_t now = now_ns();
     if (now - p->last_ns >= PERIOD_NS)
         show(p, now);
@@ -123,6 +153,11 @@ void progress_update(struct progress *p, uint64_t done, uint64_t total) {
 void progress_end(struct progress *p, bool success) {
     if (p->mode == PROGRESS_OFF)
         return;
+    catch_demands(false);
+    if (p->mode == PROGRESS_DEMAND) {
+        p->mode = PROGRESS_OFF;
+        return;
+    }
     if (success) {
         /* Work that had nothing to move is done, too. */
         p->total = p->total ? p->total : 1;

@@ -9,6 +9,9 @@
  *
  * at most ten a second, the first at once and the last always ("percent": 100.00 only on success).
  *
+ * Without either, and unless the verb is quiet, SIGUSR1 makes one line, as with dd and qemu-img:
+ * "(42.00/100%)".
+ *
  *     struct args { ...; struct progress_args progress; };
  *     PROGRESS_ROWS(struct args, progress),
  *     ...
@@ -24,7 +27,8 @@
 #include <stdint.h>
 #include "cli/cli.h"
 
-enum progress_mode { PROGRESS_OFF, PROGRESS_BAR, PROGRESS_JSON };
+/* DEMAND is not for the option: nothing asked for, so one line each time SIGUSR1 comes. */
+enum progress_mode { PROGRESS_OFF, PROGRESS_BAR, PROGRESS_JSON, PROGRESS_DEMAND };
 extern const char *const progress_names[]; /* "off", "bar", "json", NULL */
 
 struct progress_args {
@@ -45,6 +49,7 @@ struct progress {
     unsigned tenths; /* written so far, when not on a terminal */
 };
 
+/* SIGUSR1 is caught from here to progress_end. */
 void progress_begin(struct progress *p, const struct progress_args *args);
 void progress_update(struct progress *p, uint64_t done, uint64_t total);
 /* Takes the bar off the terminal's current line. */

@@ -114,7 +114,7 @@ static int commit_node_co(struct verb_ctx *ctx, struct node *overlay) {
         err_hint(&ctx->err, "with -d it is left as it is");
         return -ENOTSUP;
     }
-    bool show = !a->quiet && (a->progress.bar || a->progress.mode != PROGRESS_OFF);
+    bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct copy_opts o = {.rate_bytes = a->rate,
                           .cancel = &c.cancel,
                           .progress = show ? on_progress : NULL,

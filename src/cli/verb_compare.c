@@ -91,7 +91,7 @@ static int fail_status(struct verb_ctx *ctx, const struct compare_result *res) {
 static int compare_both_co(struct verb_ctx *ctx, struct node *n1, struct node *n2) {
     const struct compare_args *a = ctx->args;
     struct compare_verb v = {.a = a};
-    bool show = !a->quiet && (a->progress.bar || a->progress.mode != PROGRESS_OFF);
+    bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct compare_opts o = {.strict = a->strict, .cancel = &v.cancel, .arg = &v};
     struct compare_result res;
     if (show) {

@@ -357,7 +357,7 @@ static void on_signal(void *arg, int signo) {
 
 static int copy_all_co(struct convert *c) {
     const struct convert_args *a = c->a;
-    bool show = !a->quiet && (a->progress.bar || a->progress.mode != PROGRESS_OFF);
+    bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct copy_opts o = {
         .workers = a->workers,
         .in_order = !a->out_of_order,

@@ -93,7 +93,7 @@ static int open_base_co(struct verb_ctx *ctx, struct node *image, struct node **
 static int copy_co(struct verb_ctx *ctx, struct node *image, struct node *base) {
     const struct args *a = ctx->args;
     struct rebase_verb v = {0};
-    bool show = !a->quiet && (a->progress.bar || a->progress.mode != PROGRESS_OFF);
+    bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct rebase_opts o = {.compress = a->compress,
                             .cancel = &v.cancel,
                             .progress = show ? on_progress : NULL,

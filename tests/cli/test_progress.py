@@ -4,9 +4,12 @@ import fcntl
 import json
 import os
 import pty
+import re
+import signal
 import struct
 import subprocess
 import termios
+import time
 
 import pytest
 
@@ -66,3 +69,15 @@ def test_json_lines(run, raw, tmp_path):
     assert rows[-1]["percent"] == 100 and rows[-1]["done"] == rows[-1]["total"]
     assert all(0 <= r["percent"] <= 100 for r in rows)
     assert p.stdout == ""
+
+
+def test_a_signal_asks_where_it_is(strata, raw, tmp_path):
+    """As with dd and qemu-img: SIGUSR1 prints one line, and the work goes on."""
+    p = subprocess.Popen([strata, "convert", "-r", "8M", "-O", "raw", raw, tmp_path / "b"],
+                         stderr=subprocess.PIPE, text=True)
+    time.sleep(0.4)
+    p.send_signal(signal.SIGUSR1)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 0
+    assert re.fullmatch(r"\(\d+\.\d\d/100%\)\n", err), err
+    assert (tmp_path / "b").read_bytes() == raw.read_bytes()
