@@ -51,6 +51,7 @@ struct file_state {
     int plain_fd; /* + 1; without O_DIRECT, for the odd end of the file; 0: not open */
     bool is_block;
     bool unnamed;    /* made by us and not yet linked */
+    bool scratch;    /* for throwing away: space is not taken far ahead */
     char *temp_path; /* its hidden name where the file system has no unnamed files; owned */
     struct file_lock lock;
     uint64_t size_limit; /* growing beyond gives ENOSPC; 0: none */

@@ -178,6 +178,7 @@ int file_create_co(struct node *n, struct create_ctx *ctx, struct err *e) {
     s->fd = fd;
     s->opened = true;
     s->unnamed = !device && (unnamed || scratch);
+    s->scratch = scratch;
     s->size_limit = ctx->size_limit;
     if (o && !o->filename)
         o->filename = xstrdup(path);

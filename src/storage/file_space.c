@@ -41,6 +41,8 @@
 #define AHEAD_START (4 * MIB)
 #define AHEAD_STEP_MIN MIB
 #define AHEAD_STEP_MAX (256 * MIB)
+/* Of a scratch file, whose users watch what it takes. */
+#define AHEAD_STEP_SCRATCH (16 * MIB)
 /* A write that begins this far behind the end is not an append: parallel writers stay below it. */
 #define AHEAD_GAP_MAX (32 * MIB)
 
@@ -78,7 +80,9 @@ static bool ahead_allowed(struct node *n) {
 
 static uint64_t ahead_step(const struct file_state *s) {
     struct statfs fs;
-    uint64_t step = s->ahead_step ? min_u64(s->ahead_step * 2, AHEAD_STEP_MAX) : AHEAD_START;
+    uint64_t step =
+        s->ahead_step ? min_u64(s->ahead_step * 2, s->scratch ? AHEAD_STEP_SCRATCH : AHEAD_STEP_MAX)
+                      : AHEAD_START;
     if (fstatfs(s->fd, &fs) || fs.f_bsize <= 0)
         return 0;
     return min_u64(step, (uint64_t)fs.f_bavail / AHEAD_FREE_SHARE * (uint64_t)fs.f_bsize);
