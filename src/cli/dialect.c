@@ -38,7 +38,9 @@ static const struct {
     const char *target;
 } aliases[] = {
     {"check", 'T', NULL, "cache"},
-    {"info", 't', NULL, "cache"},
+    {"create", 'B', NULL, "backing-format"},
+    {"convert", 'b', NULL, "backing"},
+    {"convert", 0, "source-format", "format"},
     {NULL, 0, NULL, NULL},
 };
 
@@ -321,10 +323,11 @@ static int misuse(const char *fmt, const char *word) {
     return 1;
 }
 
+/* That program's commands; those that this build lacks are not found in the table of verbs. */
 static bool is_qemu_img_verb(const char *name) {
-    static const char *const names[] = {"bench",  "check",  "commit", "compare", "convert",
-                                        "create", "dd",     "info",   "map",     "measure",
-                                        "rebase", "resize", NULL};
+    static const char *const names[] = {
+        "amend", "bench", "bitmap", "check",   "commit",   "compare", "convert", "create",
+        "dd",    "info",  "map",    "measure", "snapshot", "rebase",  "resize",  NULL};
     for (int i = 0; names[i]; i++)
         if (!strcmp(names[i], name))
             return true;

@@ -18,6 +18,8 @@
  *     once, so no two workers write into one unit.
  *  3. Behind the end of a base it counts as zeros.
  *  4. Only the first error is kept; after it no further window is handed out.
+ *  5. Writes begin in the order of the windows, so that the image's clusters lie in order: a window
+ *     holds its turn until its last write begins.  Every ticket passes its turn once, errors too.
  */
 #include "job/rebase.h"
 
@@ -67,12 +69,15 @@ struct rebase {
     struct task_mutex walk;
     uint64_t pos;
     uint64_t hole_end; /* the image has a hole in [pos, hole_end) */
+    uint64_t tickets, turn;
+    struct waitq turns;
     int64_t progress_ns;
 };
 
 struct worker {
     struct rebase *r;
-    uint64_t offset, length;
+    uint64_t offset, length, ticket;
+    bool passed; /* the turn */
     enum verdict verdict;
     uint8_t *old, *new; /* chunk bytes each */
     uint8_t *code;      /* one unit; only when compressing */
@@ -203,6 +208,8 @@ static bool claim_locked_co(struct rebase *r, struct worker *w) {
         w->offset = pos;
         w->length = end - pos;
         w->verdict = verdict;
+        w->ticket = r->tickets++;
+        w->passed = false;
         return true;
     }
     return false;
@@ -226,6 +233,19 @@ static bool claim_co(struct worker *w) {
 }
 
 /* ---------------------------------------------------------------- the work */
+
+static void turn_co(struct worker *w) {
+    while (!w->passed && w->r->turn != w->ticket)
+        waitq_wait_co(&w->r->turns);
+}
+
+static void turn_pass(struct worker *w) {
+    if (w->passed)
+        return;
+    w->passed = true;
+    w->r->turn++;
+    waitq_wake_all(&w->r->turns);
+}
 
 static int read_side_co(struct worker *w, const struct side *s, uint8_t *buf) {
     uint64_t have =
@@ -288,6 +308,11 @@ static int write_run_co(struct worker *w, uint64_t from, uint64_t to, bool zero)
     struct rebase *r = w->r;
     struct iovec v = {w->old + from, to - from};
     int rc;
+    if (!r->opts->compress) { /* coded units are packed as they come, encoded side by side */
+        turn_co(w);
+        if (to == w->length)
+            turn_pass(w);
+    }
     if (zero)
         rc = put_zeros_co(w, w->offset + from, to - from, w->old + from, to - from);
     else if (r->opts->compress)
@@ -329,6 +354,8 @@ static int look_co(struct worker *w) {
 
 static int zero_window_co(struct worker *w) {
     struct rebase *r = w->r;
+    turn_co(w);
+    turn_pass(w);
     int rc = put_zeros_co(w, w->offset, w->length, w->old, r->chunk);
     return rc < 0 ? fail(r, rc, "writing zeros to", r->image, w->offset) : 0;
 }
@@ -337,6 +364,8 @@ static void worker_task(void *arg) {
     struct worker *w = arg;
     while (claim_co(w)) {
         int rc = w->verdict == ZERO ? zero_window_co(w) : look_co(w);
+        turn_co(w);
+        turn_pass(w);
         if (rc < 0)
             return;
     }
@@ -393,6 +422,7 @@ int rebase_copy_co(struct node *image, struct node *base, const struct rebase_op
                        image->filename, r.unit, 2 * CHUNK);
     r.chunk = max_u64(r.unit, CHUNK);
     task_mutex_init(&r.walk);
+    waitq_init(&r.turns);
     side_init(&r.old, image->backing);
     side_init(&r.new, base);
     r.progress_ns = loop_now_ns(loop_self());

@@ -333,6 +333,14 @@ def both_locked(dropin, folder, tmp_path, line, opener):
     return results
 
 
+def test_dropin_knows_the_letters_of_newer_versions(dropin, folder, tmp_path):
+    def call(*args):
+        return subprocess.run([dropin, *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "backing_fmt=raw" in call("create", "-f", "qcow2", "-b", str(folder / "raw"), "-B", "raw", "a")
+    call("convert", "--source-format", "qcow2", "-O", "qcow2", "-b", str(folder / "raw"), "-F", "raw", "a", "b")
+    assert "backing file format: raw" in call("info", "b")
+
+
 @pytest.mark.parametrize("line", ["info q", "info -U q", "check q", "resize q +1M", "convert q a",
                                   "commit top.qcow2", "rebase -u -b x -F raw q"])
 def test_dropin_says_that_a_writer_has_the_image(dropin, folder, tmp_path, line):
