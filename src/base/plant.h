@@ -31,7 +31,8 @@
     X(TABLE_NOT_ZEROED, "a new L2 table in a used cluster keeps what was there")                   \
     X(FROZEN_SLICE_CHANGES, "a slice being written back takes later changes along")                \
     X(REFTABLE_NAMED_EARLY, "the header names a new refcount table before it is written")          \
-    X(RESIZE_NAMES_L1_EARLY, "the header names a new L1 table before it is stable")
+    X(RESIZE_NAMES_L1_EARLY, "the header names a new L1 table before it is stable")                \
+    X(HEADER_TORN, "the steps of a header's rewrite have no barriers between them")
 
 #ifdef STRATA_PLANT
 #define PLANT_ENUM_(name, text) PLANT_##name,

@@ -200,6 +200,8 @@ static int decode_ext(struct qcow2_header *h, uint32_t type, const uint8_t *data
         h->crypto_offset = be64_load(data);
         h->crypto_length = be64_load(data + 8);
         return 0;
+    case QCOW2_EXT_PADDING:
+        return 0;
     default:
         if (keep_unknown(h, type, data, length))
             return err_set(e, ENOMEM, "no memory for the header");

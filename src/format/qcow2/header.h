@@ -65,6 +65,8 @@ enum qcow2_compression { QCOW2_COMPRESSION_ZLIB, QCOW2_COMPRESSION_ZSTD };
 #define QCOW2_EXT_BITMAPS 0x23852875u
 #define QCOW2_EXT_CRYPTO 0x0537be77u
 #define QCOW2_EXT_DATA_FILE 0x44415441u
+/* Ours, and only while a header is being rewritten (header_write.c): skipped, not kept. */
+#define QCOW2_EXT_PADDING 0x50414421u
 
 /* An extension kept as it was. */
 struct qcow2_ext {

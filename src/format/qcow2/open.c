@@ -292,25 +292,11 @@ static int qcow2_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
     return r;
 }
 
-/* Header bytes, rewritten whole with another backing file. */
 static int write_backing_co(struct qcow2 *s, char *name, char *format, struct err *e) {
     char *old_name = s->h.backing_file, *old_format = s->h.backing_format;
-    uint8_t *buf = buf_get(s->cluster_size);
-    if (!buf)
-        return err_set(e, ENOMEM, "no memory for the header");
     s->h.backing_file = name;
     s->h.backing_format = format;
-    int64_t used = qcow2_header_encode(&s->h, buf, s->cluster_size, e);
-    int r = used < 0 ? (int)used : 0;
-    if (!r) {
-        /* Old bytes behind the new header's end mean nothing. */
-        r = disk_pwrite_co(s->file, 0, buf, align_up((uint64_t)used, 512));
-        if (!r && qcow2_ordered(s))
-            r = disk_flush_co(s->file);
-        if (r < 0)
-            err_errno(e, -r, "writing the header");
-    }
-    buf_put(buf, s->cluster_size);
+    int r = qcow2_header_write_co(s, e);
     if (r < 0) {
         s->h.backing_file = old_name;
         s->h.backing_format = old_format;

@@ -4,7 +4,8 @@
  *
  *      header.c     header bytes <-> struct qcow2_header          (pure)
  *      entry.h      L1, L2 and refcount entries                   (pure)
- *      open.c       the driver table; open, close, reopen, new header fields
+ *      header_write.c  a changed header onto storage, whole or not at all
+ *      open.c       the driver table; open, close, reopen
  *      cache.c      slices of L2 tables and refcount blocks
  *      map.c        guest range -> extent
  *      meta.c       the set of clusters that hold metadata
@@ -138,6 +139,14 @@ static inline bool qcow2_has_backing(const struct qcow2 *s) {
 static inline bool qcow2_ordered(const struct qcow2 *s) {
     return !((s->node->flags | s->file->flags) & NODE_NO_FLUSH);
 }
+
+/* ---- header_write.c ---- */
+/*
+ * Writes s->h over the header's cluster and makes it stable.  A crash at any point leaves the old
+ * header or the new one.  What it names must be stable before; what only the old one named may be
+ * given back after.  -ENOSPC: it does not fit the cluster (nothing was written).
+ */
+int qcow2_header_write_co(struct qcow2 *s, struct err *e);
 
 /* ---- open.c ---- */
 extern const struct driver driver_qcow2;
