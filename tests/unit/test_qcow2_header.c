@@ -351,12 +351,12 @@ static void the_l1_table_must_cover_the_disk(void **state) {
 }
 
 static void l1_entries_for_the_extremes(void **state) {
-    assert_int_equal(qcow2_l1_entries_for(9, 0), 0);
-    assert_int_equal(qcow2_l1_entries_for(9, 1), 1);
-    assert_int_equal(qcow2_l1_entries_for(9, 32 * KIB), 1);
-    assert_int_equal(qcow2_l1_entries_for(9, 32 * KIB + 1), 2);
-    assert_int_equal(qcow2_l1_entries_for(9, INT64_MAX), (uint64_t)1 << 48);
-    assert_int_equal(qcow2_l1_entries_for(21, INT64_MAX), (uint64_t)1 << 24);
+    assert_int_equal(qcow2_l1_entries_for(9, false, 0), 0);
+    assert_int_equal(qcow2_l1_entries_for(9, false, 1), 1);
+    assert_int_equal(qcow2_l1_entries_for(9, false, 32 * KIB), 1);
+    assert_int_equal(qcow2_l1_entries_for(9, false, 32 * KIB + 1), 2);
+    assert_int_equal(qcow2_l1_entries_for(9, false, INT64_MAX), (uint64_t)1 << 48);
+    assert_int_equal(qcow2_l1_entries_for(21, false, INT64_MAX), (uint64_t)1 << 24);
 }
 
 static void features_are_refused_by_name(void **state) {

@@ -59,7 +59,7 @@ static void measure_refuses_what_create_refuses(void **st) {
 
 static void default_layout_has_header_table_block_l1(void **st) {
     struct qcow2_layout l;
-    assert_int_equal(qcow2_layout_compute(16, 4, 100 * MIB, false, &l, NULL), 0);
+    assert_int_equal(qcow2_layout_compute(16, 4, false, 100 * MIB, false, &l, NULL), 0);
     assert_int_equal(qcow2_layout_reftable(&l), 65536);
     assert_int_equal(qcow2_layout_refblocks(&l), 2 * 65536);
     assert_int_equal(qcow2_layout_l1(&l), 3 * 65536);
@@ -72,7 +72,7 @@ static void refcounts_are_enough_and_no_more(void **st) {
         for (uint32_t order = 0; order <= 6; order++)
             for (uint64_t size = 512; size <= 8 * GIB; size = size * 3 + 512) {
                 struct qcow2_layout l;
-                assert_int_equal(qcow2_layout_compute(bits, order, size, true, &l, NULL), 0);
+                assert_int_equal(qcow2_layout_compute(bits, order, false, size, true, &l, NULL), 0);
                 uint64_t per_block = (uint64_t)1 << (bits + 3 - order);
                 uint64_t total = 1 + l.reftable_clusters + l.refblocks + l.l1_clusters +
                                  l.l2_tables + l.data_clusters;
@@ -89,22 +89,22 @@ static void refcounts_are_enough_and_no_more(void **st) {
 static void the_largest_preallocated_size_is_exact(void **st) {
     struct qcow2_layout l;
     struct err e AUTO_ERR = ERR_INIT;
-    assert_int_equal(qcow2_layout_compute(9, 6, 100 * GIB, true, &l, &e), -EFBIG);
+    assert_int_equal(qcow2_layout_compute(9, 6, false, 100 * GIB, true, &l, &e), -EFBIG);
     const char *named = strstr(err_text(&e), "the largest preallocated size is 31");
     assert_non_null(named);
     uint64_t low = 0, high = 100 * GIB / 32768; /* in L2 tables */
     while (high - low > 1) {
         uint64_t mid = (low + high) / 2;
-        *(qcow2_layout_compute(9, 6, mid * 32768, true, &l, NULL) ? &high : &low) = mid;
+        *(qcow2_layout_compute(9, 6, false, mid * 32768, true, &l, NULL) ? &high : &low) = mid;
     }
     assert_true(low * 32768 > 31 * GIB && low * 32768 < 32 * GIB);
 }
 
 static void limits_hold_for_extreme_sizes(void **st) {
     struct qcow2_layout l;
-    assert_int_equal(qcow2_layout_compute(9, 4, INT64_MAX - 511, false, &l, NULL), -EFBIG);
-    assert_int_equal(qcow2_layout_compute(21, 4, INT64_MAX - 511, true, &l, NULL), -EFBIG);
-    assert_int_equal(qcow2_layout_compute(21, 0, INT64_MAX / 4, false, &l, NULL), 0);
+    assert_int_equal(qcow2_layout_compute(9, 4, false, INT64_MAX - 511, false, &l, NULL), -EFBIG);
+    assert_int_equal(qcow2_layout_compute(21, 4, false, INT64_MAX - 511, true, &l, NULL), -EFBIG);
+    assert_int_equal(qcow2_layout_compute(21, 0, false, INT64_MAX / 4, false, &l, NULL), 0);
 }
 
 int main(void) {

@@ -191,7 +191,8 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
     uint64_t offset = entry & QCOW2_OFFSET_MASK;
     if (entry & QCOW2_COMPRESSED)
         return check_coded(w, entry);
-    if (entry & L2_RESERVED && !w->quiet)
+    uint64_t reserved = L2_RESERVED | (qcow2_extended(c->s) ? QCOW2_ZERO : 0);
+    if (entry & reserved && !w->quiet)
         check_corruption(
             c, "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64 " has reserved bits set",
             w->guest, entry);
@@ -225,26 +226,55 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
     return 0;
 }
 
-static int walk_entries(struct l2_walk *w, const uint8_t *p, uint32_t count) {
+/* What the bits of an extended entry may not say. */
+static void check_bitmap(struct l2_walk *w, struct qcow2_l2e e) {
+    uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
+    const char *what = NULL;
+    if (w->quiet)
+        return;
+    if (e.value & QCOW2_COMPRESSED && e.bitmap)
+        what = "is compressed, and its subclusters must have no bits";
+    else if (data & zero)
+        what = "has subclusters that are allocated and read as zeros at once";
+    else if (data && !qcow2_l2_room(w->c->s, e))
+        what = "has allocated subclusters but no cluster";
+    if (what)
+        check_corruption(w->c,
+                         "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
+                         ", subclusters 0x%" PRIx64 ": %s",
+                         w->guest, e.value, e.bitmap, what);
+}
+
+/* `extended` is known to the compiler, so that the walk over standard entries stays tight. */
+static inline __attribute__((always_inline)) int
+walk_entries_of(struct l2_walk *w, const uint8_t *p, uint32_t count, bool extended) {
     uint64_t cluster = w->c->s->cluster_size;
     uint64_t expect = w->run ? w->run_entry + w->run * cluster : 0;
     for (uint32_t i = 0; i < count; i++, w->guest += cluster) {
-        uint64_t entry = be64_load(p + i * 8);
-        if (entry == expect) { /* also: nothing after nothing */
-            if (entry) {
+        struct qcow2_l2e e = {be64_load(p + i * (extended ? 16 : 8)),
+                              extended ? be64_load(p + i * 16 + 8) : 0};
+        if (extended && e.bitmap)
+            check_bitmap(w, e);
+        if (e.value == expect) { /* also: nothing after nothing */
+            if (e.value) {
                 w->run++;
                 expect += cluster;
             }
             continue;
         }
         int r = run_end(w);
-        if (!r && entry)
-            r = check_entry(w, entry);
+        if (!r && e.value)
+            r = check_entry(w, e.value);
         if (r)
             return r;
-        expect = w->run ? entry + cluster : 0;
+        expect = w->run ? e.value + cluster : 0;
     }
     return 0;
+}
+
+static int walk_entries(struct l2_walk *w, const uint8_t *p, uint32_t bytes) {
+    return qcow2_extended(w->c->s) ? walk_entries_of(w, p, bytes / 16, true)
+                                   : walk_entries_of(w, p, bytes / 8, false);
 }
 
 /* ---- tables ---- */
@@ -266,7 +296,7 @@ static int walk_tables_co(struct check *c, uint64_t l1_index, uint64_t count, ui
         }
         for (uint32_t at = 0; at < some;) {
             uint32_t piece = min_u64(c->s->cluster_size, some - at);
-            r = walk_entries(w, c->buf + at, piece / 8);
+            r = walk_entries(w, c->buf + at, piece);
             at += piece;
             if (!r && is_aligned(offset + at, c->s->cluster_size)) { /* end of a table */
                 r = run_end(w);

@@ -312,7 +312,7 @@ int qcow2_create_co(struct node *file, const void *create_opts, struct create_ct
     int r = qcow2_create_check(o, e);
     if (!r)
         r = qcow2_layout_compute((uint32_t)__builtin_ctzll(o->cluster_size),
-                                 (uint32_t)__builtin_ctzll(o->refcount_bits),
+                                 (uint32_t)__builtin_ctzll(o->refcount_bits), o->extended_l2,
                                  align_up(o->size, 512), o->preallocation != PREALLOC_OFF, &l, e);
     if (!r)
         r = make_space_co(file, &l, o->preallocation, e);

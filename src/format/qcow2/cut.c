@@ -46,11 +46,11 @@ static int gather_table_co(struct qcow2 *s, uint64_t i1, uint8_t *buf) {
 /* Neither suspends nor fails. */
 static void drop_table(struct qcow2 *s, uint64_t i1, const uint8_t *buf) {
     uint64_t host = s->l1[i1] & QCOW2_OFFSET_MASK;
-    for (uint32_t at = 0; at < s->cluster_size; at += 8) {
-        uint64_t entry = be64_load(buf + at);
+    for (uint32_t i = 0; i < (uint32_t)1 << s->l2_bits; i++) {
+        struct qcow2_l2e e = qcow2_l2_get(s, buf, i);
         /* What a damaged entry names is not known: it leaks at most. */
-        if (qcow2_classify(s->h.version, s->cluster_bits, entry) != QCOW2_CLUSTER_BAD)
-            qcow2_limbo_add_entry(s, entry);
+        if (qcow2_l2_kind(s, e, 0) != QCOW2_CLUSTER_BAD)
+            qcow2_limbo_add_entry(s, e);
     }
     s->l1[i1] = 0;
     if (!(s->l1_dirty[i1 / 64] >> i1 % 64 & 1)) {

@@ -21,13 +21,30 @@
 #define QCOW2_REFTABLE_MASK UINT64_C(0xfffffffffffffe00) /* refcount table: bits 9..63 */
 #define QCOW2_HOST_LIMIT ((uint64_t)1 << 56) /* host offsets of tables and data lie below */
 
+/*
+ * One L2 entry.  Standard entries have 8 bytes, and their bitmap here is 0.  Extended ones have 16:
+ * the second 8 are two bits for each of the cluster's 32 subclusters, "allocated" in the low half
+ * (bit i) and "reads as zeros" in the high half (bit 32 + i); neither: the layer below decides.
+ */
+struct qcow2_l2e {
+    uint64_t value, bitmap;
+};
+#define QCOW2_SUBCLUSTERS 32u
+#define QCOW2_ALL_ZERO UINT64_C(0xffffffff00000000) /* bitmap: every subcluster reads as zeros */
+
+/* Bits [first, end) of 32. */
+static inline uint32_t qcow2_sub_mask(uint32_t first, uint32_t end) {
+    return (uint32_t)(((uint64_t)1 << end) - ((uint64_t)1 << first));
+}
+
 enum qcow2_cluster_kind {
     QCOW2_CLUSTER_NONE,       /* the layer below decides */
+    QCOW2_CLUSTER_ROOM,       /* the same, and a host cluster is there (extended entries only) */
     QCOW2_CLUSTER_ZERO,       /* zeros, no host cluster */
     QCOW2_CLUSTER_ZERO_ALLOC, /* zeros, host cluster kept */
     QCOW2_CLUSTER_DATA,
     QCOW2_CLUSTER_CODED,
-    QCOW2_CLUSTER_BAD, /* unaligned offset, or a zero flag in version 2 */
+    QCOW2_CLUSTER_BAD, /* unaligned offset, a zero flag in version 2, a bitmap that contradicts */
 };
 
 /* The bits of a compressed entry from here up (below 62) count additional sectors. */

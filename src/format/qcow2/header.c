@@ -58,8 +58,8 @@ static const struct {
 };
 #define FEATURES (sizeof(features) / sizeof(features[0]))
 
-uint64_t qcow2_l1_entries_for(uint32_t cluster_bits, uint64_t size) {
-    uint32_t shift = 2 * cluster_bits - 3; /* bytes one L2 table maps */
+uint64_t qcow2_l1_entries_for(uint32_t cluster_bits, bool extended_l2, uint64_t size) {
+    uint32_t shift = 2 * cluster_bits - qcow2_l2e_shift(extended_l2); /* bytes a table maps */
     return (size >> shift) + ((size & (((uint64_t)1 << shift) - 1)) != 0);
 }
 
@@ -419,7 +419,7 @@ static int check_table(const struct qcow2_header *h, const char *what, uint64_t 
 
 int qcow2_header_check_l1(const struct qcow2_header *h, struct err *e) {
     uint64_t bytes = (uint64_t)h->l1_size * 8;
-    uint64_t wanted = qcow2_l1_entries_for(h->cluster_bits, h->size);
+    uint64_t wanted = qcow2_l1_entries_for(h->cluster_bits, qcow2_header_extended(h), h->size);
     if (bytes > QCOW2_L1_BYTES_MAX)
         return err_set(e, EFBIG, "L1 table: %" PRIu32 " entries are above the limit of %d",
                        h->l1_size, QCOW2_L1_BYTES_MAX / 8);

@@ -25,11 +25,12 @@ struct err;
 #define QCOW2_MAGIC 0x514649fbu
 
 enum {
-    QCOW2_V2_LENGTH = 72,        /* size of the version 2 header */
-    QCOW2_V3_LENGTH_MIN = 104,   /* smallest legal version 3 header */
-    QCOW2_V3_LENGTH = 112,       /* what we write: compression type and its padding */
-    QCOW2_CLUSTER_BITS_MIN = 9,  /* 512 bytes */
-    QCOW2_CLUSTER_BITS_MAX = 21, /* 2 MiB */
+    QCOW2_V2_LENGTH = 72,         /* size of the version 2 header */
+    QCOW2_V3_LENGTH_MIN = 104,    /* smallest legal version 3 header */
+    QCOW2_V3_LENGTH = 112,        /* what we write: compression type and its padding */
+    QCOW2_CLUSTER_BITS_MIN = 9,   /* 512 bytes */
+    QCOW2_CLUSTER_BITS_MAX = 21,  /* 2 MiB */
+    QCOW2_EXTENDED_BITS_MIN = 14, /* with extended L2 entries: subclusters of 512 bytes */
     QCOW2_REFCOUNT_ORDER_MAX = 6,
     QCOW2_BACKING_NAME_MAX = 1023,
     QCOW2_L1_BYTES_MAX = 32 << 20,      /* the reference reader's cap */
@@ -156,7 +157,14 @@ void qcow2_feature_name(const struct qcow2_header *h, unsigned kind, unsigned bi
 /* The feature name table that we write into new images. */
 void qcow2_feature_table_default(struct qcow2_header *h);
 
-/* L1 entries that `size` guest bytes need; UINT64_MAX when nothing would do. */
-uint64_t qcow2_l1_entries_for(uint32_t cluster_bits, uint64_t size);
+/* Log2 of the bytes of an L2 entry. */
+static inline uint32_t qcow2_l2e_shift(bool extended_l2) {
+    return extended_l2 ? 4 : 3;
+}
+static inline bool qcow2_header_extended(const struct qcow2_header *h) {
+    return h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2;
+}
+/* L1 entries that `size` guest bytes need. */
+uint64_t qcow2_l1_entries_for(uint32_t cluster_bits, bool extended_l2, uint64_t size);
 
 #endif

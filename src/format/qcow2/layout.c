@@ -41,7 +41,7 @@ static bool fits(const struct qcow2_layout *l) {
 
 static void lay_out(struct qcow2_layout *l, uint64_t size, bool prealloc) {
     uint64_t cluster = (uint64_t)1 << l->cluster_bits;
-    l->l1_entries = qcow2_l1_entries_for(l->cluster_bits, size);
+    l->l1_entries = qcow2_l1_entries_for(l->cluster_bits, l->extended_l2, size);
     l->l1_clusters = div_up(l->l1_entries * 8, cluster);
     l->l2_tables = prealloc ? l->l1_entries : 0;
     l->data_clusters = prealloc ? div_up(size, cluster) : 0;
@@ -53,7 +53,7 @@ static void lay_out(struct qcow2_layout *l, uint64_t size, bool prealloc) {
 /* The largest size, in whole L2 tables, that can be preallocated.  Sizes that fit are an initial
  * segment, so halving finds the end. */
 static uint64_t largest_preallocated(const struct qcow2_layout *like, uint64_t l1_max) {
-    uint32_t shift = 2 * like->cluster_bits - 3;
+    uint32_t shift = 2 * like->cluster_bits - qcow2_l2e_shift(like->extended_l2);
     uint64_t low = 0, high = l1_max;
     while (low < high) {
         struct qcow2_layout l = *like;
@@ -67,19 +67,20 @@ static uint64_t largest_preallocated(const struct qcow2_layout *like, uint64_t l
     return low << shift;
 }
 
-int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, uint64_t size,
-                         bool prealloc, struct qcow2_layout *l, struct err *e) {
+int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool extended_l2,
+                         uint64_t size, bool prealloc, struct qcow2_layout *l, struct err *e) {
     char found[32], limit[32];
-    *l = (struct qcow2_layout){.cluster_bits = cluster_bits, .refcount_order = refcount_order};
+    *l = (struct qcow2_layout){
+        .cluster_bits = cluster_bits, .refcount_order = refcount_order, .extended_l2 = extended_l2};
     uint64_t l1_max = QCOW2_L1_BYTES_MAX / 8;
-    uint64_t l1_entries = qcow2_l1_entries_for(cluster_bits, size);
+    uint64_t l1_entries = qcow2_l1_entries_for(cluster_bits, extended_l2, size);
     if (l1_entries > l1_max)
-        return err_set(e, EFBIG,
-                       "size %s needs an L1 table of %" PRIu64
-                       " entries, above the limit of %" PRIu64 ": with clusters of %" PRIu64
-                       " bytes the largest size is %s",
-                       size_human(size, found), l1_entries, l1_max, (uint64_t)1 << cluster_bits,
-                       size_human(l1_max << (2 * cluster_bits - 3), limit));
+        return err_set(
+            e, EFBIG,
+            "size %s needs an L1 table of %" PRIu64 " entries, above the limit of %" PRIu64
+            ": with clusters of %" PRIu64 " bytes the largest size is %s",
+            size_human(size, found), l1_entries, l1_max, (uint64_t)1 << cluster_bits,
+            size_human(l1_max << (2 * cluster_bits - qcow2_l2e_shift(extended_l2)), limit));
     lay_out(l, size, prealloc);
     if (!fits(l)) {
         uint64_t most = prealloc ? largest_preallocated(l, l1_max) : 0;

@@ -21,6 +21,7 @@ struct qcow2_create_opts;
 
 struct qcow2_layout {
     uint32_t cluster_bits, refcount_order;
+    bool extended_l2;
     uint64_t l1_entries, l1_clusters;
     uint64_t l2_tables, data_clusters; /* 0 unless preallocated */
     uint64_t refblocks, reftable_clusters;
@@ -32,8 +33,8 @@ struct qcow2_layout {
  * Lays out an image of `size` bytes; `prealloc`: with all L2 tables and data clusters.
  * -EFBIG when a table exceeds its limit; the text gives the largest size that fits.
  */
-int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, uint64_t size,
-                         bool prealloc, struct qcow2_layout *l, struct err *e);
+int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool extended_l2,
+                         uint64_t size, bool prealloc, struct qcow2_layout *l, struct err *e);
 
 /* create.c: options that contradict one another (-EINVAL) or ask for what is not there yet
  * (-ENOTSUP). */

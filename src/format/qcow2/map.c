@@ -7,6 +7,8 @@
  * That comparison is one masked load an entry: the entry of cluster k of a run is `first + k *
  * step`, with a step of one cluster for data and 0 for holes and zeros.
  *
+ * With subclusters the run grows by the bits of each entry instead, and its unit is the subcluster.
+ *
  * A cached slice is answered without suspending and without allocation.  Runs go on over slices
  * and L2 tables; a walk makes the cache read whole tables ahead.
  *
@@ -23,6 +25,26 @@
 
 /* The bits of an entry that decide whether a run goes on. */
 #define RUN_MASK (QCOW2_OFFSET_MASK | QCOW2_COPIED | QCOW2_COMPRESSED | QCOW2_ZERO)
+
+enum qcow2_cluster_kind qcow2_l2_kind_unusual(const struct qcow2 *s, struct qcow2_l2e e,
+                                              uint32_t sub) {
+    uint64_t host = e.value & QCOW2_OFFSET_MASK;
+    bool room = qcow2_l2_room(s, e);
+    if (e.value & QCOW2_COMPRESSED)
+        return qcow2_data_apart(s) ? QCOW2_CLUSTER_BAD : QCOW2_CLUSTER_CODED;
+    if (!qcow2_extended(s))
+        return room && !host ? QCOW2_CLUSTER_DATA
+                             : qcow2_classify(s->h.version, s->cluster_bits, e.value);
+    uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
+    bool lone = e.value & QCOW2_COPIED && !room;
+    if (!is_aligned(host, s->cluster_size) || data & zero || (data && !room) || lone)
+        return QCOW2_CLUSTER_BAD;
+    if (data >> sub & 1)
+        return QCOW2_CLUSTER_DATA;
+    if (zero >> sub & 1)
+        return room ? QCOW2_CLUSTER_ZERO_ALLOC : QCOW2_CLUSTER_ZERO;
+    return room ? QCOW2_CLUSTER_ROOM : QCOW2_CLUSTER_NONE;
+}
 
 int qcow2_l2_slice_co(struct qcow2 *s, uint64_t offset, struct qcow2_slice **out, uint32_t *index) {
     uint64_t i1 = qcow2_l1_index(s, offset);
@@ -44,18 +66,56 @@ int qcow2_l2_slice_co(struct qcow2 *s, uint64_t offset, struct qcow2_slice **out
 
 /* A run under construction. */
 struct run {
-    uint64_t pos;  /* guest end so far: a cluster boundary once it has grown */
+    uint64_t pos;  /* guest end so far: a boundary of units once it has grown */
     uint64_t end;  /* guest end of the request */
-    uint64_t want; /* masked entry that continues it */
+    uint64_t want; /* masked entry that continues it; with subclusters: and its offset inside */
     uint64_t mask; /* the bits that matter */
     uint64_t step;
+    enum qcow2_cluster_kind kind;
     bool watch; /* stop before host clusters that hold metadata */
 };
+
+/* For a map, room without content is a hole. */
+static enum qcow2_cluster_kind shown_kind(enum qcow2_cluster_kind kind) {
+    return kind == QCOW2_CLUSTER_ROOM ? QCOW2_CLUSTER_NONE : kind;
+}
+
+/* How many subclusters from `sub` of an entry are of the kind of that one. */
+static uint32_t sub_run(struct qcow2_l2e e, uint32_t sub, enum qcow2_cluster_kind kind) {
+    uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
+    uint32_t same = kind == QCOW2_CLUSTER_DATA   ? data
+                    : kind == QCOW2_CLUSTER_NONE ? ~(data | zero)
+                                                 : zero;
+    uint32_t other = ~same >> sub;
+    return other ? (uint32_t)__builtin_ctz(other) : QCOW2_SUBCLUSTERS - sub;
+}
+
+/* Grows the run over one extended entry from subcluster `sub`; false: it ended inside. */
+static bool run_over_subs(const struct qcow2 *s, struct qcow2_l2e e, uint32_t sub,
+                          struct run *run) {
+    bool located = run->kind == QCOW2_CLUSTER_DATA || run->kind == QCOW2_CLUSTER_ZERO_ALLOC;
+    if (e.value & QCOW2_COMPRESSED || shown_kind(qcow2_l2_kind(s, e, sub)) != run->kind)
+        return false;
+    if (located && (e.value & run->mask) + ((uint64_t)sub << s->sub_bits) != run->want)
+        return false;
+    if (run->watch && qcow2_is_meta(s, e.value & QCOW2_OFFSET_MASK))
+        return false;
+    uint32_t n = sub_run(e, sub, run->kind);
+    run->pos += (uint64_t)n << s->sub_bits;
+    run->want += located ? (uint64_t)n << s->sub_bits : 0;
+    return sub + n == QCOW2_SUBCLUSTERS;
+}
 
 /* Grows the run over entries from `index` of the slice; false: it ended inside. */
 static bool run_over_slice(const struct qcow2 *s, const struct qcow2_slice *slice, uint32_t index,
                            struct run *run) {
     uint32_t entries = (uint32_t)1 << s->slice_bits;
+    if (!s->usual && qcow2_extended(s)) {
+        for (; index < entries && run->pos < run->end; index++)
+            if (!run_over_subs(s, qcow2_l2_get(s, slice->data, index), 0, run))
+                return false;
+        return true;
+    }
     const uint8_t *p = slice->data + (size_t)index * 8;
     for (; index < entries && run->pos < run->end; index++, p += 8) {
         if ((be64_load(p) & run->mask) != run->want)
@@ -77,7 +137,7 @@ static void run_extend_co(struct qcow2 *s, struct run *run) {
         uint32_t index;
         uint64_t i1 = qcow2_l1_index(s, run->pos);
         if (i1 >= s->l1_entries || !(s->l1[i1] & QCOW2_OFFSET_MASK)) {
-            if (run->want) /* not a hole */
+            if (run->kind != QCOW2_CLUSTER_NONE)
                 return;
             run->pos = align_down(run->pos, span) + span;
             loads++;
@@ -104,6 +164,20 @@ static int map_coded(const struct qcow2 *s, uint64_t entry, uint64_t offset, uin
     return 0;
 }
 
+/* The first unit is known; the run grows from there. */
+static void run_grow_co(struct qcow2 *s, const struct qcow2_slice *slice, uint32_t index,
+                        struct qcow2_l2e e, uint64_t offset, struct run *run) {
+    if (!s->usual && slice && qcow2_extended(s)) {
+        uint32_t sub = qcow2_sub_index(s, offset);
+        run->want = (e.value & run->mask) + ((uint64_t)sub << s->sub_bits);
+        run->pos = align_down(offset, (uint64_t)1 << s->sub_bits);
+        if (!run_over_subs(s, e, sub, run))
+            return;
+    }
+    if (run->pos < run->end && (!slice || run_over_slice(s, slice, index + 1, run)))
+        run_extend_co(s, run);
+}
+
 int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out) {
     struct qcow2 *s = qcow2_of(n);
     struct qcow2_slice *slice;
@@ -112,20 +186,25 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
     if (r < 0)
         return r;
 
-    uint64_t entry = slice ? be64_load(slice->data + (size_t)index * 8) : 0;
+    struct qcow2_l2e e = {0};
+    if (slice)
+        e = qcow2_l2_get(s, slice->data, index);
     uint32_t in_cluster = offset & (s->cluster_size - 1);
-    uint64_t host = entry & QCOW2_OFFSET_MASK;
+    uint64_t host = e.value & QCOW2_OFFSET_MASK;
     struct run run = {.pos = offset - in_cluster + s->cluster_size,
                       .end = offset + length,
-                      .want = entry & RUN_MASK,
-                      .mask = RUN_MASK};
+                      .want = e.value & RUN_MASK,
+                      .mask = RUN_MASK,
+                      .kind = shown_kind(qcow2_l2_kind(s, e, qcow2_sub_index(s, offset)))};
+    bool located = false, in_place;
     *out = (struct extent){0};
-    switch (qcow2_classify(s->h.version, s->cluster_bits, entry)) {
+    switch (run.kind) {
     case QCOW2_CLUSTER_BAD:
         return -EIO;
     case QCOW2_CLUSTER_CODED:
-        return map_coded(s, entry, offset, length, out);
+        return map_coded(s, e.value, offset, length, out);
     case QCOW2_CLUSTER_NONE:
+    case QCOW2_CLUSTER_ROOM:
         out->kind = EXTENT_HOLE;
         if (!slice)
             run.pos = offset;
@@ -136,27 +215,31 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
     case QCOW2_CLUSTER_ZERO_ALLOC:
         out->kind = EXTENT_ZERO;
         out->flags = EXTENT_ALLOCATED;
+        located = true;
         break;
     case QCOW2_CLUSTER_DATA:
         out->kind = EXTENT_DATA;
+        located = true;
+        in_place = node_is_rw(n) && e.value & QCOW2_COPIED;
         /* Whatever an entry says, guest data is not written over metadata. */
-        run.watch = node_is_rw(n) && entry & QCOW2_COPIED;
-        if (run.watch && !qcow2_is_meta(s, host))
-            out->flags = EXTENT_IN_PLACE;
-        else
-            run.watch = false;
+        run.watch = in_place && (s->usual || !qcow2_data_apart(s));
+        if (run.watch && qcow2_is_meta(s, host))
+            in_place = run.watch = false;
+        out->flags = in_place ? EXTENT_IN_PLACE : 0;
         break;
     }
-    if (host) {
-        out->storage = s->file;
+    if (located) {
+        if (!s->usual && qcow2_data_apart(s) &&
+            host != offset - in_cluster) /* the data file's one rule */
+            return -EIO;
+        out->storage = s->data;
         out->host_offset = host + in_cluster;
         run.step = s->cluster_size;
         if (!node_is_rw(n)) /* then COPIED says nothing that the answer shows */
             run.mask &= ~QCOW2_COPIED;
         run.want = (run.want + run.step) & ~(QCOW2_COPIED & ~run.mask);
     }
-    if (run.pos < run.end && (!slice || run_over_slice(s, slice, index + 1, &run)))
-        run_extend_co(s, &run);
+    run_grow_co(s, slice, index, e, offset, &run);
     out->length = min_u64(run.pos, run.end) - offset;
     return 0;
 }

@@ -18,7 +18,7 @@ int qcow2_measure(const void *create_opts, uint64_t size, uint64_t data, struct 
     if (r)
         return r;
     r = qcow2_layout_compute(__builtin_ctzll(o->cluster_size), __builtin_ctzll(o->refcount_bits),
-                             size, true, &l, e);
+                             o->extended_l2, size, true, &l, e);
     if (r)
         return r;
     /* Room given ahead is there from the start. */

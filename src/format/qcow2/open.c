@@ -74,7 +74,10 @@ static int read_header_co(struct qcow2 *s, struct err *e) {
 static void set_geometry(struct qcow2 *s) {
     s->cluster_bits = s->h.cluster_bits;
     s->cluster_size = (uint32_t)1 << s->cluster_bits;
-    s->l2_bits = s->cluster_bits - 3;
+    s->l2e_shift = qcow2_l2e_shift(qcow2_header_extended(&s->h));
+    s->sub_bits = s->cluster_bits - (qcow2_extended(s) ? 5 : 0);
+    s->l2_bits = s->cluster_bits - s->l2e_shift;
+    s->usual = !qcow2_extended(s) && !qcow2_data_apart(s);
     s->refcount_order = s->h.refcount_order;
     s->block_bits = s->cluster_bits + 3 - s->refcount_order;
     s->refcount_max = qcow2_refcount_limit(s->refcount_order);
@@ -187,7 +190,7 @@ static void forget_writable(struct qcow2 *s) {
 /* Slices that would hold all L2 tables and, where something is written, all refcount blocks. */
 static uint64_t slices_wanted(const struct qcow2 *s, uint32_t slice_bytes) {
     uint64_t clusters = qcow2_clusters_for(s, s->h.size);
-    uint64_t l2 = div_up(clusters, slice_bytes / 8);
+    uint64_t l2 = div_up(clusters, slice_bytes >> s->l2e_shift);
     uint64_t counts = div_up(clusters + l2, ((uint64_t)slice_bytes * 8) >> s->refcount_order);
     return l2 + counts + 16;
 }
@@ -212,7 +215,7 @@ static int open_map_co(struct node *n, struct err *e) {
         return r;
     uint32_t slice_bytes =
         s->cluster_size < QCOW2_SLICE_BYTES_MAX ? s->cluster_size : QCOW2_SLICE_BYTES_MAX;
-    s->slice_bits = (uint32_t)__builtin_ctz(slice_bytes / 8);
+    s->slice_bits = (uint32_t)__builtin_ctz(slice_bytes >> s->l2e_shift);
     if (qcow2_cache_init(&s->cache, s->file, slice_bytes, slices_wanted(s, slice_bytes)) < 0)
         return err_set(e, ENOMEM, "no memory for the metadata cache");
     if (rw)
@@ -230,7 +233,7 @@ static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     int r = node_open_child_co(n, ctx, "file", CHILD_FILE_METADATA, &n->file, e);
     if (r < 0)
         return r;
-    s->file = n->file;
+    s->file = s->data = n->file;
     r = open_map_co(n, e);
     if (r < 0)
         return r;

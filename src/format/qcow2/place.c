@@ -5,9 +5,15 @@
  * place looks at the first cluster and goes on while the clusters behind it want the same:
  *
  *      data, COPIED              overwritten where it is                    (kind IN_PLACE)
- *      zero with room, COPIED    its room is used; old bytes there are void (kind REUSED)
+ *      room else, COPIED         its room is used; old bytes there are void (kind REUSED)
  *      all else                  fresh clusters, as contiguous as free space has them (kind FRESH)
  *      PLACE_CODED               bytes behind the last coded ones           (kind CODED)
+ *
+ * With subclusters, "data" and "room else" are judged by the subclusters that the request touches,
+ * and what is copied around it is whole subclusters: those that it touches in part, and into a
+ * fresh cluster all that the old cluster held between or beside them.  The others keep their bits.
+ *
+ * An external data file has one place for each guest byte: "fresh" is the cluster's own place.
  *
  * "All else" includes what is shared with a snapshot: not COPIED means that the count may be more
  * than one, so the data is copied and one reference of the old cluster dropped.  L2 tables follow
@@ -43,7 +49,8 @@ static enum kind cookie_kind(const struct placement *p) {
 }
 
 static uint32_t placement_clusters(const struct qcow2 *s, const struct placement *p) {
-    return (uint32_t)((p->head + p->length + p->tail) >> s->cluster_bits);
+    return (uint32_t)(qcow2_cluster_index(s, p->offset + p->length - 1) -
+                      qcow2_cluster_index(s, p->offset) + 1);
 }
 
 /* ---------------------------------------------------------------- L2 tables */
@@ -122,32 +129,45 @@ int qcow2_l2_slice_writable_co(struct qcow2 *s, uint64_t offset, struct qcow2_sl
 
 /* ---------------------------------------------------------------- place */
 
-static enum kind kind_of(const struct qcow2 *s, uint64_t entry) {
-    enum qcow2_cluster_kind k = qcow2_classify(s->h.version, s->cluster_bits, entry);
-    if (!(entry & QCOW2_COPIED))
-        return FRESH;
-    return k == QCOW2_CLUSTER_DATA ? IN_PLACE : k == QCOW2_CLUSTER_ZERO_ALLOC ? REUSED : FRESH;
+/* Subclusters of the cluster at guest `at` that [offset, end) touches, a bit each. */
+static uint32_t touched(const struct qcow2 *s, uint64_t at, uint64_t offset, uint64_t end) {
+    uint32_t first = offset > at ? qcow2_sub_index(s, offset) : 0;
+    uint32_t last =
+        end < at + s->cluster_size ? qcow2_sub_index(s, end - 1) : qcow2_sub_count(s) - 1;
+    return qcow2_sub_mask(first, last + 1);
 }
 
-static bool is_bad(const struct qcow2 *s, uint64_t entry) {
-    return qcow2_classify(s->h.version, s->cluster_bits, entry) == QCOW2_CLUSTER_BAD;
+static enum kind kind_of(const struct qcow2 *s, struct qcow2_l2e e, uint32_t subs) {
+    if (!(e.value & QCOW2_COPIED) || e.value & QCOW2_COMPRESSED || !qcow2_l2_room(s, e))
+        return FRESH;
+    return subs & ~qcow2_l2_allocated(s, e) ? REUSED : IN_PLACE;
+}
+
+static bool is_bad(const struct qcow2 *s, struct qcow2_l2e e, uint64_t guest) {
+    if (qcow2_l2_kind(s, e, 0) == QCOW2_CLUSTER_BAD)
+        return true;
+    return qcow2_data_apart(s) && qcow2_l2_room(s, e) && (e.value & QCOW2_OFFSET_MASK) != guest;
 }
 
 /*
- * How many entries from `index`, at most `max`, are of the kind of the first one and, where they
- * have room, contiguous.  0: the first one is damaged or names metadata.
+ * How many entries from `index` on, for the clusters that [offset, end) touches, are of the kind of
+ * the first one and, where they have room, contiguous.  0: the first one is damaged or names
+ * metadata.
  */
 static uint32_t run_length(const struct qcow2 *s, const struct qcow2_slice *slice, uint32_t index,
-                           uint32_t max, enum kind *kind) {
-    const uint8_t *p = slice->data + (size_t)index * 8;
-    uint64_t host = be64_load(p) & QCOW2_OFFSET_MASK;
-    uint32_t n = 0;
-    *kind = kind_of(s, be64_load(p));
-    for (; n < max; n++, p += 8, host += s->cluster_size) {
-        uint64_t entry = be64_load(p);
-        if (is_bad(s, entry) || kind_of(s, entry) != *kind)
+                           uint64_t offset, uint64_t end, enum kind *kind) {
+    uint64_t at = align_down(offset, s->cluster_size);
+    uint32_t entries = (uint32_t)1 << s->slice_bits, n = 0;
+    struct qcow2_l2e e = qcow2_l2_get(s, slice->data, index);
+    uint64_t host = e.value & QCOW2_OFFSET_MASK;
+    *kind = kind_of(s, e, touched(s, at, offset, end));
+    for (; index + n < entries && at < end; n++, at += s->cluster_size, host += s->cluster_size) {
+        e = qcow2_l2_get(s, slice->data, index + n);
+        if (is_bad(s, e, at) || kind_of(s, e, touched(s, at, offset, end)) != *kind)
             break;
-        if (*kind != FRESH && ((entry & QCOW2_OFFSET_MASK) != host || qcow2_is_meta(s, host)))
+        if (*kind != FRESH && (e.value & QCOW2_OFFSET_MASK) != host)
+            break;
+        if (*kind != FRESH && !qcow2_data_apart(s) && qcow2_is_meta(s, host))
             break;
     }
     return n;
@@ -160,20 +180,41 @@ static void placement_fill(const struct qcow2 *s, struct placement *out, uint64_
     uint64_t room = (clusters << s->cluster_bits) - in_cluster;
     *out = (struct placement){.offset = offset,
                               .length = min_u64(length, room),
-                              .storage = s->file,
+                              .storage = s->data,
                               .host_offset = host + in_cluster};
 }
 
-static void placement_edges(const struct qcow2 *s, struct placement *p) {
-    uint64_t end = p->offset + p->length;
+/* Subclusters that a fresh cluster must take over from the one that `e` names. */
+static uint32_t taken_over(const struct qcow2 *s, struct qcow2_l2e e) {
+    return e.value & QCOW2_COMPRESSED ? qcow2_sub_mask(0, qcow2_sub_count(s))
+                                      : qcow2_l2_allocated(s, e);
+}
+
+/*
+ * What must be valid around the request: whole subclusters.  One that is there already needs
+ * nothing around what is overwritten.  `e`, `last_e`: of the first and the last cluster.
+ */
+static void placement_edges(const struct qcow2 *s, struct placement *p, enum kind kind,
+                            struct qcow2_l2e e, struct qcow2_l2e last_e) {
+    uint64_t stop = p->offset + p->length;
+    uint32_t first = qcow2_sub_index(s, p->offset), last = qcow2_sub_index(s, stop - 1);
     p->is_new = true;
-    p->head = p->offset & (s->cluster_size - 1);
-    p->tail = (uint32_t)(align_up(end, s->cluster_size) - end);
+    if (kind == FRESH && taken_over(s, e))
+        first = (uint32_t)min_u64(first, (uint64_t)__builtin_ctz(taken_over(s, e)));
+    if (kind == FRESH && taken_over(s, last_e))
+        last = (uint32_t)max_u64(last, 31 - (uint64_t)__builtin_clz(taken_over(s, last_e)));
+    if (kind == FRESH || !(qcow2_l2_allocated(s, e) >> first & 1))
+        p->head = (uint32_t)((p->offset & (s->cluster_size - 1)) - (first << s->sub_bits));
+    if (kind == FRESH || !(qcow2_l2_allocated(s, last_e) >> last & 1))
+        p->tail = (uint32_t)(align_down(stop - 1, s->cluster_size) +
+                             ((uint64_t)(last + 1) << s->sub_bits) - stop);
 }
 
 static int place_coded_co(struct qcow2 *s, uint64_t offset, uint64_t length, uint32_t coded_length,
                           struct qcow2_slice *slice, uint32_t index, struct placement *out) {
     uint64_t host;
+    if (qcow2_data_apart(s))
+        return -ENOTSUP;
     if (!coded_length || coded_length >= s->cluster_size || !is_aligned(offset, s->cluster_size))
         return -EINVAL;
     int r = qcow2_alloc_coded_co(s, coded_length, &host);
@@ -195,21 +236,24 @@ static int place_coded_co(struct qcow2 *s, uint64_t offset, uint64_t length, uin
 
 static int place_plain_co(struct qcow2 *s, uint64_t offset, uint64_t length,
                           struct qcow2_slice *slice, uint32_t index, struct placement *out) {
-    uint32_t in_cluster = offset & (s->cluster_size - 1);
-    uint32_t max = (uint32_t)min_u64(qcow2_clusters_for(s, in_cluster + length),
-                                     ((uint32_t)1 << s->slice_bits) - index);
     enum kind kind;
-    uint32_t n = run_length(s, slice, index, max, &kind);
-    uint64_t host = be64_load(slice->data + (size_t)index * 8) & QCOW2_OFFSET_MASK, got = n;
+    uint32_t n = run_length(s, slice, index, offset, offset + length, &kind);
+    struct qcow2_l2e e = qcow2_l2_get(s, slice->data, index);
+    uint64_t host = e.value & QCOW2_OFFSET_MASK, got = n;
     bool virgin = false;
     int r = n ? 0 : -EIO;
-    if (!r && kind == FRESH)
+    if (!r && kind == FRESH && qcow2_data_apart(s)) {
+        host = align_down(offset, s->cluster_size);
+        virgin = host >= s->data->size && s->data->storage_flags & STORAGE_ZERO_INIT;
+    } else if (!r && kind == FRESH) {
         r = qcow2_alloc_co(s, n, false, &host, &got, &virgin);
+    }
     if (r < 0)
         return r;
     placement_fill(s, out, offset, length, host, got);
     if (kind != IN_PLACE)
-        placement_edges(s, out);
+        placement_edges(s, out, kind, e,
+                        qcow2_l2_get(s, slice->data, index + placement_clusters(s, out) - 1));
     out->reads_zero = virgin;
     cookie_set(out, kind, index, slice);
     return 0;
@@ -235,12 +279,22 @@ int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned fl
 
 /* ---------------------------------------------------------------- publish, abandon */
 
-static void link_fresh(struct qcow2 *s, const struct placement *p, uint8_t *entry, enum kind kind) {
-    uint64_t host = p->host_offset - p->head;
-    for (uint32_t i = placement_clusters(s, p); i; i--, entry += 8, host += s->cluster_size) {
-        if (kind == FRESH)
-            qcow2_limbo_add_entry(s, be64_load(entry));
-        be64_store(entry, host | QCOW2_COPIED);
+/* Links the room in; `content`: and marks the subclusters of the placement as being there. */
+static void link_room(struct qcow2 *s, const struct placement *p, uint8_t *data, bool content) {
+    uint32_t index = (uint32_t)(p->cookie[0] >> 8);
+    uint64_t at = align_down(p->offset, s->cluster_size);
+    uint64_t start = p->offset - p->head, end = p->offset + p->length + p->tail;
+    uint64_t host = p->host_offset - (p->offset - at);
+    for (; at < end; at += s->cluster_size, host += s->cluster_size, index++) {
+        struct qcow2_l2e e = qcow2_l2_get(s, data, index);
+        if (cookie_kind(p) == FRESH)
+            qcow2_limbo_add_entry(s, e);
+        e.value = host | QCOW2_COPIED;
+        if (qcow2_extended(s) && content) {
+            uint64_t bits = touched(s, at, start, end);
+            e.bitmap = (e.bitmap & ~(bits << 32)) | bits;
+        }
+        qcow2_l2_set(s, data, index, e);
     }
 }
 
@@ -249,12 +303,16 @@ int qcow2_publish_co(struct node *n, const struct placement *p) {
     struct qcow2_slice *slice = (struct qcow2_slice *)(uintptr_t)p->cookie[1];
     enum kind kind = cookie_kind(p);
     if (kind != IN_PLACE) {
-        uint8_t *entry = qcow2_slice_modify(&s->cache, slice) + (size_t)(p->cookie[0] >> 8) * 8;
+        uint8_t *data = qcow2_slice_modify(&s->cache, slice);
+        uint32_t index = (uint32_t)(p->cookie[0] >> 8);
         if (kind == CODED) {
-            qcow2_limbo_add_entry(s, be64_load(entry));
-            be64_store(entry, qcow2_coded_encode(s->cluster_bits, p->host_offset, p->coded_length));
+            qcow2_limbo_add_entry(s, qcow2_l2_get(s, data, index));
+            qcow2_l2_set(
+                s, data, index,
+                (struct qcow2_l2e){
+                    qcow2_coded_encode(s->cluster_bits, p->host_offset, p->coded_length), 0});
         } else {
-            link_fresh(s, p, entry, kind);
+            link_room(s, p, data, true);
         }
     }
     qcow2_slice_unpin(&s->cache, slice);
@@ -262,10 +320,17 @@ int qcow2_publish_co(struct node *n, const struct placement *p) {
     return 0;
 }
 
+void qcow2_publish_room(struct qcow2 *s, const struct placement *p) {
+    struct qcow2_slice *slice = (struct qcow2_slice *)(uintptr_t)p->cookie[1];
+    if (cookie_kind(p) == FRESH)
+        link_room(s, p, qcow2_slice_modify(&s->cache, slice), false);
+    qcow2_slice_unpin(&s->cache, slice);
+}
+
 void qcow2_abandon(struct node *n, const struct placement *p) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t first = qcow2_cluster_index(s, p->host_offset);
-    if (cookie_kind(p) == FRESH)
+    if (cookie_kind(p) == FRESH && !qcow2_data_apart(s))
         qcow2_release_or_limbo(s, first, placement_clusters(s, p));
     if (cookie_kind(p) == CODED)
         qcow2_release_or_limbo(

@@ -66,12 +66,16 @@ struct qcow2_range {
 
 struct qcow2 {
     struct node *node;
-    struct node *file; /* = node->file */
+    struct node *file; /* = node->file: all metadata */
+    struct node *data; /* where guest data lie: `file`, or the external data file */
     struct qcow2_header h;
 
     /* geometry, constant after open */
     uint32_t cluster_bits, cluster_size;
-    uint32_t l2_bits;    /* log2 of entries in an L2 table: cluster_bits - 3 */
+    bool usual;          /* neither extended entries nor an external data file */
+    uint32_t l2e_shift;  /* log2 of the bytes of an L2 entry: 3, or 4 when they are extended */
+    uint32_t sub_bits;   /* log2 of the bytes of a subcluster; cluster_bits without subclusters */
+    uint32_t l2_bits;    /* log2 of entries in an L2 table: cluster_bits - l2e_shift */
     uint32_t slice_bits; /* log2 of entries in an L2 slice */
     uint32_t refcount_order;
     uint32_t block_bits; /* log2 of counts in a refcount block: cluster_bits + 3 - refcount_order */
@@ -131,6 +135,55 @@ static inline uint64_t qcow2_l1_index(const struct qcow2 *s, uint64_t offset) {
 static inline uint32_t qcow2_l2_index(const struct qcow2 *s, uint64_t offset) {
     return (offset >> s->cluster_bits) & (((uint32_t)1 << s->l2_bits) - 1);
 }
+/* L2 entries have 16 bytes, and clusters 32 subclusters. */
+static inline bool qcow2_extended(const struct qcow2 *s) {
+    return s->l2e_shift == 4;
+}
+/* Guest data lie in a file of their own, each at its guest offset, and are not counted. */
+static inline bool qcow2_data_apart(const struct qcow2 *s) {
+    return s->data != s->file;
+}
+/* Entry `index` of a slice or table, of either size. */
+static inline struct qcow2_l2e qcow2_l2_get(const struct qcow2 *s, const uint8_t *data,
+                                            uint32_t index) {
+    const uint8_t *p = data + ((size_t)index << s->l2e_shift);
+    struct qcow2_l2e e = {be64_load(p), 0};
+    if (!s->usual && qcow2_extended(s))
+        e.bitmap = be64_load(p + 8);
+    return e;
+}
+static inline void qcow2_l2_set(const struct qcow2 *s, uint8_t *data, uint32_t index,
+                                struct qcow2_l2e e) {
+    uint8_t *p = data + ((size_t)index << s->l2e_shift);
+    be64_store(p, e.value);
+    if (qcow2_extended(s))
+        be64_store(p + 8, e.bitmap);
+}
+/* Whether an entry that is neither coded nor damaged has a host cluster. */
+static inline bool qcow2_l2_room(const struct qcow2 *s, struct qcow2_l2e e) {
+    return e.value & QCOW2_OFFSET_MASK ||
+           (qcow2_data_apart(s) && e.value & QCOW2_COPIED && !(e.value & QCOW2_ZERO));
+}
+enum qcow2_cluster_kind qcow2_l2_kind_unusual(const struct qcow2 *s, struct qcow2_l2e e,
+                                              uint32_t sub);
+/* What subcluster `sub` of an entry is (0 where there are no subclusters). */
+static inline enum qcow2_cluster_kind qcow2_l2_kind(const struct qcow2 *s, struct qcow2_l2e e,
+                                                    uint32_t sub) {
+    if (!s->usual)
+        return qcow2_l2_kind_unusual(s, e, sub);
+    return qcow2_classify(s->h.version, s->cluster_bits, e.value);
+}
+/* Subclusters whose bytes are in the host cluster, a bit each; bit 0 where there are none. */
+static inline uint32_t qcow2_l2_allocated(const struct qcow2 *s, struct qcow2_l2e e) {
+    return qcow2_extended(s) ? (uint32_t)e.bitmap : qcow2_l2_kind(s, e, 0) == QCOW2_CLUSTER_DATA;
+}
+static inline uint32_t qcow2_sub_count(const struct qcow2 *s) {
+    return (uint32_t)1 << (s->cluster_bits - s->sub_bits);
+}
+/* Index of the subcluster that holds guest `offset`. */
+static inline uint32_t qcow2_sub_index(const struct qcow2 *s, uint64_t offset) {
+    return (uint32_t)((offset & (s->cluster_size - 1)) >> s->sub_bits);
+}
 /* A layer below: the header names one (opened or not), or the node was given one. */
 static inline bool qcow2_has_backing(const struct qcow2 *s) {
     return s->h.backing_file || s->node->backing;
@@ -189,8 +242,8 @@ int qcow2_release_co(struct qcow2 *s, uint64_t cluster, uint64_t count);
 void qcow2_release_or_limbo(struct qcow2 *s, uint64_t cluster, uint64_t count);
 /* One reference of each cluster goes into limbo.  Memory gone: the clusters leak. */
 void qcow2_limbo_add(struct qcow2 *s, uint64_t cluster, uint64_t count);
-/* Puts what L2 entry `entry` named into limbo. */
-void qcow2_limbo_add_entry(struct qcow2 *s, uint64_t entry);
+/* Puts what an L2 entry named into limbo. */
+void qcow2_limbo_add_entry(struct qcow2 *s, struct qcow2_l2e entry);
 /* Releases all of `l`, punching the storage first where NODE_UNMAP says so; leaves it empty. */
 void qcow2_limbo_release_co(struct qcow2 *s, struct qcow2_limbo *l);
 /* Unordered storage only: releases what is in limbo now. */
@@ -208,6 +261,11 @@ int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned fl
                    uint32_t coded_length, struct placement *out);
 int qcow2_publish_co(struct node *n, const struct placement *p);
 void qcow2_abandon(struct node *n, const struct placement *p);
+/*
+ * In place of publish: the placement's room is linked in without content.  What has subclusters
+ * still reads as before; what has none reads as the room does.
+ */
+void qcow2_publish_room(struct qcow2 *s, const struct placement *p);
 /* As qcow2_l2_slice_co, for writing: makes or copies the L2 table where needed. */
 int qcow2_l2_slice_writable_co(struct qcow2 *s, uint64_t offset, struct qcow2_slice **out,
                                uint32_t *index);

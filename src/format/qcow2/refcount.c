@@ -322,7 +322,10 @@ void qcow2_limbo_add(struct qcow2 *s, uint64_t cluster, uint64_t count) {
     l->runs[l->count++] = (struct qcow2_limbo_run){cluster, count};
 }
 
-void qcow2_limbo_add_entry(struct qcow2 *s, uint64_t entry) {
+void qcow2_limbo_add_entry(struct qcow2 *s, struct qcow2_l2e e) {
+    uint64_t entry = e.value;
+    if (qcow2_data_apart(s))
+        return; /* the clusters of a data file are not counted */
     if (entry & QCOW2_COMPRESSED) {
         uint64_t host;
         uint32_t length;

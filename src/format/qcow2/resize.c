@@ -170,7 +170,7 @@ static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
 }
 
 static int check_size(const struct qcow2 *s, uint64_t size, struct err *e) {
-    uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, size);
+    uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size);
     if (entries > QCOW2_L1_BYTES_MAX / 8)
         return err_set(e, EFBIG,
                        "size %" PRIu64 " needs an L1 table of %" PRIu64
@@ -199,8 +199,8 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
     size = align_up(size, 512);
-    uint32_t entries =
-        (uint32_t)max_u64(s->l1_entries, qcow2_l1_entries_for(s->cluster_bits, size));
+    uint32_t entries = (uint32_t)max_u64(
+        s->l1_entries, qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size));
     int r = check_size(s, size, e);
     if (r < 0 || size == old)
         return r;
@@ -237,7 +237,8 @@ static int preallocate_run_co(struct node *n, struct placement *p, int prealloc,
         qcow2_abandon(n, p);
         return r;
     }
-    return qcow2_publish_co(n, p);
+    qcow2_publish_room(s, p);
+    return 0;
 }
 
 int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,

@@ -14,6 +14,11 @@
  *
  *  (1) a hole where no layer is below, so that nothing old can shine through.
  *
+ * With subclusters the same holds for each subcluster of the range, in bits: "zero flag" is its
+ * zero bit, a hole has neither bit, and the room is the cluster's, which is given back (MAY_UNMAP,
+ * discard) when no subcluster has bytes in it any more.  A part of a coded cluster is -ENOTSUP, or
+ * stays when discarded.
+ *
  * Version 2 has no zero flag: holes where nothing is below, else -ENOTSUP (the engine writes
  * zeros), and discard leaves things alone.  A layer is "below" when the header names one, even if
  * this open left it closed.
@@ -32,21 +37,17 @@ struct change {
     bool hole; /* every entry becomes a hole, for cut.c; goes with `discard` */
 };
 
-/* What `entry` becomes; the same value: no change.  -ENOTSUP, -EIO. */
-static int changed_entry(const struct qcow2 *s, const struct change *c, uint64_t entry,
+/* What standard entry `entry` becomes; the same value: no change.  -ENOTSUP, -EIO. */
+static int changed_value(const struct qcow2 *s, const struct change *c, uint64_t entry,
                          uint64_t *out) {
     bool flags = s->h.version >= 3;
     uint64_t dropped = flags && (qcow2_has_backing(s) || !c->discard) ? QCOW2_ZERO : 0;
-    enum qcow2_cluster_kind kind = qcow2_classify(s->h.version, s->cluster_bits, entry);
     *out = entry;
-    if (c->hole && kind != QCOW2_CLUSTER_BAD) {
-        *out = 0;
-        return 0;
-    }
-    switch (kind) {
+    switch (qcow2_l2_kind(s, (struct qcow2_l2e){entry, 0}, 0)) {
     case QCOW2_CLUSTER_BAD:
         return -EIO;
     case QCOW2_CLUSTER_NONE:
+    case QCOW2_CLUSTER_ROOM:
         if (qcow2_has_backing(s) && !c->discard)
             *out = QCOW2_ZERO;
         break;
@@ -68,33 +69,91 @@ static int changed_entry(const struct qcow2 *s, const struct change *c, uint64_t
     return 0;
 }
 
-/* First entry in [index, end) that changes; end: none. */
+/* The same for the subclusters `subs` of an extended entry. */
+static int changed_subs(const struct qcow2 *s, const struct change *c, struct qcow2_l2e e,
+                        uint32_t subs, struct qcow2_l2e *out) {
+    uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
+    *out = e;
+    switch (qcow2_l2_kind(s, e, 0)) {
+    case QCOW2_CLUSTER_BAD:
+        return -EIO;
+    case QCOW2_CLUSTER_CODED:
+        if (subs != UINT32_MAX)
+            return c->discard ? 0 : -ENOTSUP;
+        *out = (struct qcow2_l2e){0, qcow2_has_backing(s) || !c->discard ? QCOW2_ALL_ZERO : 0};
+        return 0;
+    default:
+        break;
+    }
+    if (!c->discard && qcow2_has_backing(s))
+        zero |= subs;
+    else if (!c->discard || qcow2_has_backing(s))
+        zero |= subs & data;
+    else
+        zero &= ~subs; /* no layer below: holes */
+    data &= ~subs;
+    out->bitmap = (uint64_t)zero << 32 | data;
+    if (c->unmap && !data && qcow2_l2_room(s, e))
+        out->value = 0;
+    return 0;
+}
+
+/* What entry `e` becomes where the subclusters `subs` of it change. */
+static int changed_entry(const struct qcow2 *s, const struct change *c, struct qcow2_l2e e,
+                         uint32_t subs, struct qcow2_l2e *out) {
+    *out = e;
+    if (c->hole && qcow2_l2_kind(s, e, 0) != QCOW2_CLUSTER_BAD) {
+        *out = (struct qcow2_l2e){0};
+        return 0;
+    }
+    return qcow2_extended(s) ? changed_subs(s, c, e, subs, out)
+                             : changed_value(s, c, e.value, &out->value);
+}
+
+/* The part of a range that one slice holds. */
+struct piece {
+    uint64_t offset, end;  /* guest */
+    uint32_t index, count; /* entries */
+};
+
+/* Subclusters of the piece's i-th entry that the range covers; those behind the disk's end go along
+ * with the last one. */
+static uint32_t covered(const struct qcow2 *s, const struct piece *p, uint32_t i) {
+    uint32_t first = i ? 0 : qcow2_sub_index(s, p->offset), end = qcow2_sub_count(s);
+    if (i + 1 == p->count && p->end < s->h.size && !is_aligned(p->end, s->cluster_size))
+        end = qcow2_sub_index(s, p->end - 1) + 1;
+    return qcow2_sub_mask(first, end);
+}
+
+/* First entry from *i on that changes; p->count: none. */
 static int first_change(const struct qcow2 *s, const struct change *c,
-                        const struct qcow2_slice *slice, uint32_t *index, uint32_t end) {
-    for (; *index < end; ++*index) {
-        uint64_t entry = slice ? be64_load(slice->data + (size_t)*index * 8) : 0, to;
-        int r = changed_entry(s, c, entry, &to);
+                        const struct qcow2_slice *slice, const struct piece *p, uint32_t *i) {
+    for (; *i < p->count; ++*i) {
+        struct qcow2_l2e e = {0}, to;
+        if (slice)
+            e = qcow2_l2_get(s, slice->data, p->index + *i);
+        int r = changed_entry(s, c, e, covered(s, p, *i), &to);
         if (r < 0)
             return r;
-        if (to != entry)
+        if (to.value != e.value || to.bitmap != e.bitmap)
             return 0;
     }
     return 0;
 }
 
 static int change_slice(struct qcow2 *s, const struct change *c, struct qcow2_slice *slice,
-                        uint32_t index, uint32_t end) {
-    uint8_t *p = qcow2_slice_modify(&s->cache, slice) + (size_t)index * 8;
-    for (; index < end; index++, p += 8) {
-        uint64_t entry = be64_load(p), to;
-        int r = changed_entry(s, c, entry, &to);
+                        const struct piece *p, uint32_t i) {
+    uint8_t *data = qcow2_slice_modify(&s->cache, slice);
+    for (; i < p->count; i++) {
+        struct qcow2_l2e e = qcow2_l2_get(s, data, p->index + i), to;
+        int r = changed_entry(s, c, e, covered(s, p, i), &to);
         if (r < 0)
             return r;
-        if (to == entry)
+        if (to.value == e.value && to.bitmap == e.bitmap)
             continue;
-        if ((to & QCOW2_OFFSET_MASK) != (entry & QCOW2_OFFSET_MASK) || entry & QCOW2_COMPRESSED)
-            qcow2_limbo_add_entry(s, entry);
-        be64_store(p, to);
+        if ((to.value ^ e.value) & QCOW2_OFFSET_MASK || e.value & QCOW2_COMPRESSED)
+            qcow2_limbo_add_entry(s, e);
+        qcow2_l2_set(s, data, p->index + i, to);
     }
     return 0;
 }
@@ -103,27 +162,27 @@ static int change_slice(struct qcow2 *s, const struct change *c, struct qcow2_sl
 static int change_part_co(struct qcow2 *s, const struct change *c, uint64_t offset, uint64_t end,
                           uint64_t *next) {
     struct qcow2_slice *slice;
-    uint32_t index;
+    struct piece p = {.offset = offset};
+    uint32_t i = 0;
     int r = qcow2_make_room_co(s);
     if (!r)
-        r = qcow2_l2_slice_co(s, offset, &slice, &index);
+        r = qcow2_l2_slice_co(s, offset, &slice, &p.index);
     if (r < 0)
         return r;
-    uint64_t per_slice = (uint64_t)1 << s->slice_bits;
-    uint64_t clusters = min_u64(qcow2_clusters_for(s, end - offset), per_slice - index);
-    *next = offset + (clusters << s->cluster_bits);
+    uint64_t start = align_down(offset, s->cluster_size), per_slice = (uint64_t)1 << s->slice_bits;
+    p.count = (uint32_t)min_u64(qcow2_clusters_for(s, end - start), per_slice - p.index);
+    *next = p.end = min_u64(end, start + ((uint64_t)p.count << s->cluster_bits));
     if (!slice && (c->discard || !qcow2_has_backing(s))) {
         uint64_t span = (uint64_t)1 << (s->cluster_bits + s->l2_bits);
         *next = align_down(offset, span) + span; /* a table's worth of holes, which stay */
         return 0;
     }
-    uint32_t last = index + (uint32_t)clusters;
-    r = first_change(s, c, slice, &index, last);
-    if (r < 0 || index == last)
+    r = first_change(s, c, slice, &p, &i);
+    if (r < 0 || i == p.count)
         return r;
-    uint32_t writable_index;
-    r = qcow2_l2_slice_writable_co(s, offset, &slice, &writable_index);
-    return r ? r : change_slice(s, c, slice, index, last);
+    uint32_t index;
+    r = qcow2_l2_slice_writable_co(s, offset, &slice, &index);
+    return r ? r : change_slice(s, c, slice, &p, i);
 }
 
 static int change_range_co(struct qcow2 *s, const struct change *c, uint64_t offset,
