@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -87,3 +88,11 @@ def peer():
         return p
 
     return call
+
+
+@pytest.fixture
+def seed():
+    """Of whatever a test does at random: STRATA_SEED, else the clock; printed."""
+    value = int(os.environ.get("STRATA_SEED", time.time_ns() % 10**9))
+    print(f"STRATA_SEED={value}")
+    return value

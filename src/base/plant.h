@@ -32,7 +32,8 @@
     X(FROZEN_SLICE_CHANGES, "a slice being written back takes later changes along")                \
     X(REFTABLE_NAMED_EARLY, "the header names a new refcount table before it is written")          \
     X(RESIZE_NAMES_L1_EARLY, "the header names a new L1 table before it is stable")                \
-    X(HEADER_TORN, "the steps of a header's rewrite have no barriers between them")
+    X(HEADER_TORN, "the steps of a header's rewrite have no barriers between them")                \
+    X(VDI_COUNT_LAST, "vdi: the header counts a block after the map names it")
 
 #ifdef STRATA_PLANT
 #define PLANT_ENUM_(name, text) PLANT_##name,

@@ -472,10 +472,15 @@ static int open_layer_co(const json_t *tree, const struct open_ctx *ctx,
     return h.r;
 }
 
+bool node_wants_backing(const struct open_ctx *ctx) {
+    const json_t *user = json_object_get(ctx->tree, "backing");
+    return !(ctx->req->flags & OPEN_NO_BACKING) && !json_is_null(user) &&
+           !(json_is_string(user) && !*json_string_value(user));
+}
+
 int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     const json_t *user = json_object_get(ctx->tree, "backing");
-    if (ctx->req->flags & OPEN_NO_BACKING || json_is_null(user) ||
-        (json_is_string(user) && !*json_string_value(user)))
+    if (!node_wants_backing(ctx))
         return 0;
     AUTO_JSON json_t *tree = NULL;
     struct node_want want;

@@ -84,6 +84,8 @@ int node_open_child_co(struct node *n, struct open_ctx *ctx, const char *key, en
  * asked for none (OPEN_NO_BACKING, or option backing: null).
  */
 int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e);
+/* False when the user asked for none. */
+bool node_wants_backing(const struct open_ctx *ctx);
 
 /* A format on top of an already open storage node (its reference is taken over on success). */
 int node_open_on_co(struct node *file, const struct driver *format, const json_t *options,

@@ -25,13 +25,18 @@
 struct edge {
     uint64_t offset; /* guest */
     uint32_t length;
-    bool skip; /* old content is zero and the room reads as zeros */
-    uint8_t *buf;
+    uint8_t *buf; /* NULL: nothing that goes out together with the data */
 };
 
+/* Edges longer than this go out by themselves, in pieces. */
+#define EDGE_PIECE ((uint32_t)MIB)
+
+/*
+ * The old content of [edge->offset, +edge->length), at most EDGE_PIECE, into edge->buf; that stays
+ * NULL where the content is zero and the room reads as zeros.
+ */
 static int edge_read_co(struct node *n, const struct placement *p, struct edge *edge) {
     edge->buf = NULL;
-    edge->skip = false;
     if (!edge->length || PLANTED(EDGES_NOT_COPIED))
         return 0;
     /* The last unit may stick out behind the end of the disk; those bytes must be zeros too, or a
@@ -40,10 +45,8 @@ static int edge_read_co(struct node *n, const struct placement *p, struct edge *
     int zero = inside ? chain_is_zero_co(n, edge->offset, inside) : 1;
     if (zero < 0)
         return zero;
-    if (zero && p->reads_zero) {
-        edge->skip = true;
+    if (zero && p->reads_zero)
         return 0;
-    }
     edge->buf = buf_get(edge->length);
     if (!edge->buf)
         return -ENOMEM;
@@ -54,7 +57,28 @@ static int edge_read_co(struct node *n, const struct placement *p, struct edge *
     return chain_read_co(n, edge->offset, inside, &v, 1, 0);
 }
 
-/* Writes a fresh placement: [head][data][tail] as one request. */
+/* A long edge, piece by piece; none of it is left for the write of the data. */
+static int edge_copy_co(struct node *n, const struct placement *p, struct edge *edge,
+                        unsigned flags) {
+    uint64_t host = p->host_offset + edge->offset - p->offset;
+    int r = 0;
+    while (!r && edge->length) {
+        struct edge piece = {.offset = edge->offset,
+                             .length = (uint32_t)min_u64(edge->length, EDGE_PIECE)};
+        r = edge_read_co(n, p, &piece);
+        if (!r && piece.buf) {
+            struct iovec v = {piece.buf, piece.length};
+            r = disk_pwritev_co(p->storage, host, piece.length, &v, 1, flags & IO_FUA);
+        }
+        buf_put(piece.buf, piece.length);
+        host += piece.length;
+        edge->offset += piece.length;
+        edge->length -= piece.length;
+    }
+    return r;
+}
+
+/* Writes a fresh placement: [head][data][tail] as one request, but for long edges. */
 static int placement_write_co(struct node *n, const struct placement *p, const struct iovec *iov,
                               int niov, uint64_t iov_off, unsigned flags) {
     struct edge head = {.offset = p->offset - p->head, .length = p->head};
@@ -62,7 +86,11 @@ static int placement_write_co(struct node *n, const struct placement *p, const s
     struct iovec all[IOV_MAX_STRATA];
     int count = 0;
 
-    int r = edge_read_co(n, p, &head);
+    int r = head.length > EDGE_PIECE ? edge_copy_co(n, p, &head, flags) : 0;
+    if (!r && tail.length > EDGE_PIECE)
+        r = edge_copy_co(n, p, &tail, flags);
+    if (!r)
+        r = edge_read_co(n, p, &head);
     if (!r)
         r = edge_read_co(n, p, &tail);
     if (!r) {

@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * VDI: check.  Each block is named once, lies in the file, and is counted by the header.
+ *
+ * A count above the names is unused room (a leak); a count that does not reach a named block is
+ * damage: the next writer that trusts it would write over the block.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/bytes.h"
+#include "base/ck.h"
+#include "disk/io.h"
+#include "format/vdi/vdi.h"
+
+#define PIECE ((uint32_t)MIB)
+
+static void problem(struct check_result *r, bool leak, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+static void problem(struct check_result *r, bool leak, const char *fmt, ...) {
+    char text[160];
+    va_list ap;
+    if (!r->report)
+        return;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    r->report(r->arg, leak, text);
+}
+
+struct walk {
+    struct vdi *s;
+    struct check_result *r;
+    uint64_t *seen; /* one bit a block that the file holds */
+    uint64_t in_file;
+    uint32_t highest; /* one above the highest index named */
+};
+
+static void check_entry(struct walk *w, uint32_t block, uint32_t index) {
+    if (index >= VDI_ZERO)
+        return;
+    if (index >= w->in_file) {
+        w->r->corruptions++;
+        problem(w->r, false,
+                "map entry %" PRIu32 " names block %" PRIu32 ", the file holds %" PRIu64, block,
+                index, w->in_file);
+        return;
+    }
+    uint64_t bit = UINT64_C(1) << (index & 63);
+    if (w->seen[index >> 6] & bit) {
+        w->r->corruptions++;
+        problem(w->r, false,
+                "map entry %" PRIu32 " names block %" PRIu32 ", which another entry names too",
+                block, index);
+        return;
+    }
+    w->seen[index >> 6] |= bit;
+    w->r->allocated_clusters++;
+    if (index + 1 > w->highest)
+        w->highest = index + 1;
+}
+
+static int walk_map_co(struct walk *w) {
+    const struct vdi_header *h = &w->s->h;
+    uint8_t *buf = buf_get(PIECE);
+    int r = buf ? 0 : -ENOMEM;
+    for (uint32_t block = 0; !r && block < h->blocks;) {
+        uint32_t count = (uint32_t)min_u64(PIECE / 4, h->blocks - block);
+        r = disk_pread_co(w->s->file, h->map_offset + (uint64_t)block * 4, buf, count * 4);
+        for (uint32_t i = 0; !r && i < count; i++)
+            check_entry(w, block + i, le32_load(buf + i * 4));
+        block += count;
+        if (w->r->progress)
+            w->r->progress(w->r->arg, block, h->blocks);
+    }
+    buf_put(buf, PIECE);
+    return r;
+}
+
+int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
+    struct vdi *s = vdi_of(n);
+    uint64_t room = s->file->size > s->h.data_offset ? s->file->size - s->h.data_offset : 0;
+    struct walk w = {
+        .s = s,
+        .r = r,
+        .in_file = min_u64(div_up(room, (uint64_t)s->h.block_size + s->h.extra), VDI_BLOCKS_MAX)};
+    w.seen = calloc(w.in_file / 64 + 1, sizeof(uint64_t));
+    int rc = w.seen ? walk_map_co(&w) : -ENOMEM;
+    free(w.seen);
+    if (rc < 0)
+        return err_errno(e, -rc, "reading the block map");
+    r->total_clusters = s->h.blocks;
+    r->image_end_offset = s->h.data_offset + (uint64_t)w.highest * (s->h.block_size + s->h.extra);
+    if (s->h.allocated < w.highest) {
+        r->corruptions++;
+        problem(r, false, "the header counts %" PRIu32 " blocks, and block %" PRIu32 " is in use",
+                s->h.allocated, w.highest - 1);
+    } else if (s->h.allocated > r->allocated_clusters) {
+        uint64_t unused = s->h.allocated - r->allocated_clusters;
+        r->leaks += unused;
+        problem(r, true, "%" PRIu64 " of %" PRIu32 " blocks are not in use", unused,
+                s->h.allocated);
+    }
+    return 0;
+}

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""The writable formats but qcow2, and what tests may ask of each.
+
+A new format adds rows here, and is tested by test_formats_*.py as the others are.
+"""
+from dataclasses import dataclass
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to create a format, by strata's option names and the peer's."""
+    fmt: str
+    options: str = ""       # of strata create -o
+    peer_options: str = ""  # of qemu-img create -o; None: it cannot make these
+    checked: bool = True    # qemu-img can check it
+    peer_writes: bool = True
+    backing: bool = False   # may have a backing file
+    exact: bool = True      # any size in sectors is kept
+
+    def __str__(self):
+        return "-".join(filter(None, [self.fmt, self.options.replace("=", "_")]))
+
+
+SHAPES = [
+    Shape("vdi"),
+    Shape("vdi", "static=on", "static=on"),
+    Shape("vdi", "block_size=64k", None, peer_writes=False, checked=False),
+]
