@@ -169,7 +169,20 @@ struct format_ops {
      * instead).  NULL: nothing happens.
      */
     int (*discard_co)(struct node *n, uint64_t offset, uint64_t length);
-    /* New guest size.  Called drained.  `prealloc` is an enum prealloc. NULL: -ENOTSUP. */
+    /*
+     * The first step of growth: map, place, publish and set_zero work up to `size` (at least) from
+     * now on, and what they change there survives a flush, while the disk keeps the size that it
+     * has.  Called quiesced.  The engine then makes zeros of whatever the map shows behind the old
+     * end (the rest of its last unit, and what lies below), flushes, and only then asks for the new
+     * size: a power cut finds the old disk, with zeros behind its end, or the new one.  An error
+     * that resize_co would give for `size` is given here.  NULL: only the unit that the old end
+     * cuts can be reached, and nothing that could come to light lies behind that.
+     */
+    int (*reach_co)(struct node *n, uint64_t size, struct err *e);
+    /*
+     * New guest size.  Called quiesced, and when growing after reach_co and a flush.  The room
+     * given ahead for the new part follows `prealloc` (enum prealloc).  NULL: -ENOTSUP.
+     */
     int (*resize_co)(struct node *n, uint64_t size, int prealloc, struct err *e);
     /*
      * All metadata of writes acknowledged before the call reaches stable storage, in the order the

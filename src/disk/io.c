@@ -13,6 +13,7 @@
 #include "base/ck.h"
 #include "base/err.h"
 #include "base/iov.h"
+#include "base/plant.h"
 #include "disk/engine.h"
 
 /* One metadata call covers at most this much, so that others get their turn in between. */
@@ -172,25 +173,52 @@ void disk_writeback_co(struct node *n) {
     node_leave(s);
 }
 
+/*
+ * Growth, before the new size is named: nothing but zeros lies behind the old end.  That end may
+ * cut a unit, which holds anything behind it, and a longer layer below would come to light.  The
+ * node has its larger size meanwhile, so that the ordinary ways reach there; nobody else is inside.
+ */
+static int zero_ahead_co(struct node *n, uint64_t size) {
+    uint64_t old = n->size, end = min_u64(align_up(size, n->granularity), INT64_MAX);
+    n->size = end;
+    int r = format_zero_co(n, old, end - old, ZERO_MAY_UNMAP);
+    n->size = old;
+    if (!r && n->drv->format->flush_co) /* disk_flush_co would wait for the end of the quiesce */
+        r = n->drv->format->flush_co(n);
+    return r;
+}
+
+static int format_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    const struct format_ops *ops = n->drv->format;
+    uint64_t old = n->size, reach = size;
+    int r = 0;
+    if (size > old && ops->reach_co)
+        r = ops->reach_co(n, size, e);
+    else
+        reach = min_u64(size, align_up(old, n->granularity));
+    if (!r && reach > old && !PLANTED(SIZE_BEFORE_ZEROS) && (r = zero_ahead_co(n, reach)) < 0)
+        err_errno(e, -r, "making zeros of what lies behind the end of the disk");
+    if (!r)
+        r = ops->resize_co(n, size, prealloc, e);
+    if (!r && PLANTED(SIZE_BEFORE_ZEROS) && reach > old) {
+        n->size = old;
+        r = zero_ahead_co(n, reach);
+        n->size = size;
+    }
+    return r;
+}
+
 int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     if (!node_is_rw(n))
         return err_set(e, EROFS, "the image is open read-only");
     if (size > INT64_MAX)
         return err_set(e, EFBIG, "size %llu is above the limit of %lld bytes",
                        (unsigned long long)size, (long long)INT64_MAX);
-    int (*resize)(struct node *, uint64_t, int, struct err *) =
-        n->drv->format ? n->drv->format->resize_co : n->drv->storage->truncate_co;
-    if (!resize)
+    if (n->drv->format ? !n->drv->format->resize_co : !n->drv->storage->truncate_co)
         return err_set(e, ENOTSUP, "format '%s' cannot change its size", n->drv->name);
-    uint64_t old = n->size;
     node_quiesce_co(n);
-    int r = resize(n, size, prealloc, e);
-    /* Where the image grows over a longer backing file, the old content there must not appear. */
-    if (!r && n->drv->format && n->backing && n->backing->size > old && size > old) {
-        r = format_zero_co(n, old, min_u64(size, n->backing->size) - old, ZERO_MAY_UNMAP);
-        if (r < 0)
-            err_errno(e, -r, "making the grown part read as zeros");
-    }
+    int r = n->drv->format ? format_resize_co(n, size, prealloc, e)
+                           : n->drv->storage->truncate_co(n, size, prealloc, e);
     n->map_generation++;
     node_resume(n);
     return r;

@@ -397,8 +397,20 @@ static void fua_on_a_known_place_flushes_the_format_too(void *arg) {
     node_unref_co(n);
 }
 
+static int grid_reach_co(struct node *n, uint64_t size, struct err *e) {
+    assert_true(size > n->size && size <= DISK);
+    return 0;
+}
+
+/* The new size comes last: what lies behind the old end is zeros by now, and flushed. */
 static int grid_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    assert_int_equal(n->size, 20);
+    assert_int_equal(RAM(n)->flushes, 1);
     n->size = size;
+    char got[25] = "";
+    struct iovec v = {got, 24};
+    assert_int_equal(chain_read_co(n, 16, 24, &v, 1, 0), 0);
+    assert_memory_equal(got, "abcd\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24);
     return 0;
 }
 
@@ -409,7 +421,9 @@ static void growth_over_a_longer_backing_reads_as_zeros(void *arg) {
     put(base, 16, "abcdefghijklmnopabcdefghijklmnop");
     base->flags &= ~NODE_RW;
     n = grid_new(20, base);
+    ops.reach_co = grid_reach_co;
     ops.resize_co = grid_resize_co;
+    ops.flush_co = grid_flush_co;
     resizable.format = &ops;
     n->drv = &resizable;
     assert_int_equal(disk_resize_co(n, 40, 0, NULL), 0);

@@ -804,6 +804,36 @@ static void shrinking_survives_power_cuts(void *arg) {
     }
 }
 
+/*
+ * Growth over bytes that an earlier cut left in its last cluster, and over a longer layer below: at
+ * no barrier does a disk, old or new, show them.
+ */
+static void growing_survives_power_cuts(void *arg) {
+    for (size_t i = 0; i < sizeof(drop_shapes) / sizeof(drop_shapes[0]); i++) {
+        struct err e AUTO_ERR = ERR_INIT;
+        struct drop d = {0};
+        struct node *n = drop_begin_co(&d, &drop_shapes[i]);
+        struct disk *disk = d.file->state;
+        for (int round = 0; round < 6; round++) {
+            uint64_t keep = rng(n->size / 512) * 64;
+            assert_int_equal(disk_resize_co(n, keep * 8, PREALLOC_OFF, &e), 0);
+            memset(d.content + keep, 0, (d.words - keep) * 8);
+            assert_int_equal(disk_flush_co(n), 0);
+            d.keep = d.words;
+            watch_cuts(&d);
+            uint64_t size = keep * 8 + (1 + rng((d.words - keep) / 64)) * 512;
+            assert_int_equal(disk_resize_co(n, size, PREALLOC_OFF, &e), 0);
+            disk->before_sync_co = NULL;
+            for (uint64_t w = size / 16; w < size / 8; w++)
+                d.content[w] = 1000 + rng(1 << 30);
+            uint64_t from = size / 16 * 8;
+            assert_int_equal(disk_pwrite_co(n, from, d.content + from / 8, size - from), 0);
+            assert_int_equal(disk_flush_co(n), 0);
+        }
+        drop_end_co(&d, n);
+    }
+}
+
 static void emptying_survives_power_cuts(void *arg) {
     for (size_t i = 0; i < sizeof(drop_shapes) / sizeof(drop_shapes[0]); i++) {
         struct err e AUTO_ERR = ERR_INIT;
@@ -837,6 +867,7 @@ SMALL(backing_is_recorded)
 SMALL(reopening_writes_back_and_writes_again)
 SMALL(flushes_share_a_write_back)
 SMALL(shrinking_survives_power_cuts)
+SMALL(growing_survives_power_cuts)
 SMALL(emptying_survives_power_cuts)
 
 #define CLUSTERS(bytes, more) "\"cluster_size\": " #bytes more
@@ -896,6 +927,7 @@ int main(void) {
         cmocka_unit_test(test_reopening_writes_back_and_writes_again),
         cmocka_unit_test(test_flushes_share_a_write_back),
         cmocka_unit_test(test_shrinking_survives_power_cuts),
+        cmocka_unit_test(test_growing_survives_power_cuts),
         cmocka_unit_test(test_emptying_survives_power_cuts),
         cmocka_unit_test(clusters_of_512),
         cmocka_unit_test(clusters_of_4k),

@@ -286,6 +286,7 @@ int qcow2_trim_file_co(struct qcow2 *s);
 int qcow2_empty_co(struct node *n, struct err *e);
 
 /* ---- resize.c ---- */
+int qcow2_reach_co(struct node *n, uint64_t size, struct err *e);
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 /* Gives every unallocated cluster of [offset, +length) room of its own, reading as zeros. */
 int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,

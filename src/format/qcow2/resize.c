@@ -2,21 +2,25 @@
 /*
  * Growth, shrinking, and room given ahead of writes.
  *
- * The new size takes effect on storage by one write of the header fields that stand side by side
- * (size, L1 entries, L1 offset).  Before it everything that it names is on stable storage; after it
- * the old L1 table's clusters are given back.  A crash leaves the old disk or the new one.
+ * Growth has two steps, with the engine between them, which makes zeros of what lies behind the old
+ * end.  Each takes effect on storage by one write of the header fields that stand side by side
+ * (size, L1 entries, L1 offset); before it everything that it names is on stable storage.
  *
+ * reach: the L1 table covers the new size, the disk keeps the old one.  Entries behind the end of
+ * the disk are allowed, and whoever opens the image sees none of them.
  *  - The L1 table has room behind its last entry, in its last cluster: the new entries are written
  *    as zeros there (nobody reads them yet), then the header.
- *  - Else a new table is allocated in one piece and written whole.
+ *  - Else a new table is allocated in one piece and written whole; when the header names it, the
+ * old one's clusters are given back.
  *
- * Bytes behind the old end, in the same cluster, become visible: they are made zeros first.
+ * resize: the new size.
  *
  * Shrinking drops what lies behind the new end and makes that durable, and then writes the new
  * size; so growing again later never brings old data back.  A crash in between leaves the old size
  * with the part that was to be lost lost.  The L1 table keeps its length: entries behind the end
  * are empty and allowed.
  */
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -28,75 +32,6 @@
 #include "base/plant.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
-#include "runtime/loop.h"
-
-/* buf becomes the last cluster, with zeros behind its `used` bytes, in a place of its own. */
-static int rewrite_last_co(struct qcow2 *s, uint64_t start, uint32_t used, uint8_t *buf) {
-    struct placement p;
-    memset(buf + used, 0, s->cluster_size - used);
-    int r = qcow2_place_co(s->node, start, used, 0, 0, &p);
-    if (r < 0)
-        return r;
-    r = disk_pwrite_co(s->file, p.host_offset, buf, s->cluster_size);
-    if (r < 0)
-        qcow2_abandon(s->node, &p);
-    else
-        r = qcow2_publish_co(s->node, &p);
-    return r;
-}
-
-struct decode {
-    const struct codec *codec;
-    const uint8_t *in;
-    uint8_t *out;
-    uint32_t in_length, out_length;
-};
-
-static int decode_worker(void *arg) {
-    const struct decode *d = arg;
-    return d->codec->decode(d->in, d->in_length, d->out, d->out_length);
-}
-
-/* The decoded cluster in buf. */
-static int read_coded_co(struct qcow2 *s, const struct extent *x, uint8_t *buf) {
-    struct decode d = {.codec = s->node->codec,
-                       .in_length = x->coded_length,
-                       .out = buf,
-                       .out_length = s->cluster_size};
-    uint8_t *code = d.codec ? malloc(x->coded_length) : NULL;
-    int r = code ? disk_pread_co(s->file, x->host_offset, code, x->coded_length) : -ENOMEM;
-    d.in = code;
-    if (!r)
-        r = offload_co(decode_worker, &d);
-    free(code);
-    return r;
-}
-
-/*
- * Makes the rest of the last cluster read as zeros: it holds what was there before the disk was cut
- * off in its middle.
- */
-static int zero_tail_co(struct qcow2 *s, uint64_t size) {
-    struct extent x;
-    uint32_t used = size & (s->cluster_size - 1);
-    if (!used)
-        return 0;
-    int r = qcow2_map_co(s->node, size - used, used, &x);
-    if (r < 0 || (x.kind != EXTENT_DATA && x.kind != EXTENT_CODED))
-        return r; /* the others have no bytes */
-    if (x.kind == EXTENT_DATA && x.flags & EXTENT_IN_PLACE)
-        return disk_zero_co(s->file, x.host_offset + used, s->cluster_size - used, 0);
-    uint8_t *buf = buf_get(s->cluster_size);
-    if (!buf)
-        return -ENOMEM;
-    /* Shared with a snapshot, or coded: a fresh copy. */
-    r = x.kind == EXTENT_CODED ? read_coded_co(s, &x, buf)
-                               : disk_pread_co(s->file, x.host_offset, buf, used);
-    if (!r)
-        r = rewrite_last_co(s, size - used, used, buf);
-    buf_put(buf, s->cluster_size);
-    return r;
-}
 
 static int barrier_co(struct qcow2 *s) {
     return qcow2_ordered(s) ? disk_flush_co(s->file) : 0;
@@ -129,7 +64,7 @@ static int grow_arrays(struct qcow2 *s, uint32_t entries) {
 }
 
 /* Nothing is dirty: storage has all that the table names. */
-static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
+static int grow_l1_co(struct qcow2 *s, uint32_t entries) {
     uint64_t old_host = s->h.l1_table_offset, host = old_host, got;
     uint64_t old_bytes = (uint64_t)s->l1_entries * 8, bytes = (uint64_t)entries * 8;
     uint64_t old_clusters = qcow2_clusters_for(s, old_bytes);
@@ -152,7 +87,7 @@ static int grow_l1_co(struct qcow2 *s, uint64_t size, uint32_t entries) {
     if (!r && !PLANTED(RESIZE_NAMES_L1_EARLY))
         r = qcow2_flush_co(s->node);
     if (!r)
-        r = write_size_co(s, size, entries, host);
+        r = write_size_co(s, s->h.size, entries, host);
     if (r < 0) {
         if (moved) {
             qcow2_meta_remove(s, host, bytes);
@@ -195,22 +130,40 @@ static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
     return qcow2_trim_file_co(s);
 }
 
+int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size);
+    int r = check_size(s, align_up(size, 512), e);
+    if (r < 0 || entries <= s->l1_entries)
+        return r;
+    r = qcow2_writeback_all_co(s);
+    if (!r)
+        r = grow_l1_co(s, (uint32_t)entries);
+    return r < 0 ? err_errno(e, -r, "making the L1 table larger for %" PRIu64 " bytes", size) : 0;
+}
+
+static int check_prealloc(const struct qcow2 *s, int prealloc, struct err *e) {
+    if (prealloc == PREALLOC_OFF || !qcow2_has_backing(s))
+        return 0;
+    return err_set(e, ENOTSUP,
+                   "room cannot be given ahead in an image with a backing file: it would hide the "
+                   "backing file's content");
+}
+
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
     size = align_up(size, 512);
-    uint32_t entries = (uint32_t)max_u64(
-        s->l1_entries, qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size));
     int r = check_size(s, size, e);
+    if (!r && size > old)
+        r = check_prealloc(s, prealloc, e);
     if (r < 0 || size == old)
         return r;
     if (size < old)
         return shrink_co(s, size, e);
-    r = zero_tail_co(s, old);
-    if (!r)
-        r = qcow2_writeback_all_co(s);
-    if (!r)
-        r = grow_l1_co(s, size, entries);
+    assert(qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size) <=
+           s->l1_entries); /* reach_co */
+    r = write_size_co(s, size, s->l1_entries, s->h.l1_table_offset);
     if (r < 0)
         return err_errno(e, -r, "growing the disk from %" PRIu64 " to %" PRIu64, old, size);
     s->h.size = n->size = size;
@@ -245,16 +198,13 @@ int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int p
                          struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t end = offset + length;
-    if (prealloc == PREALLOC_OFF)
-        return 0;
-    if (qcow2_has_backing(s))
-        return err_set(e, ENOTSUP,
-                       "room cannot be given ahead in an image with a backing file: it would "
-                       "hide the backing file's content");
+    int r = check_prealloc(s, prealloc, e);
+    if (r < 0 || prealloc == PREALLOC_OFF)
+        return r;
     while (offset < end) {
         struct placement p;
         struct extent x;
-        int r = qcow2_map_co(n, offset, end - offset, &x);
+        r = qcow2_map_co(n, offset, end - offset, &x);
         if (!r && x.kind == EXTENT_HOLE) {
             r = qcow2_place_co(n, offset, x.length, 0, 0, &p);
             x.length = r ? 0 : p.length;
