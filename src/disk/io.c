@@ -108,11 +108,12 @@ int disk_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero
         return 0;
     if (length > INT64_MAX || offset > INT64_MAX - length)
         return -EINVAL;
-    if (n->drv->format && (offset > n->size || length > n->size - offset))
-        return -ENOSPC;
+    int r = -ENOSPC;
     node_enter_co(n);
-    int r = n->drv->format ? format_zero_co(n, offset, length, zero_flags)
-                           : storage_zero_co(n, offset, length, zero_flags);
+    if (!n->drv->format)
+        r = storage_zero_co(n, offset, length, zero_flags);
+    else if (offset <= n->size && length <= n->size - offset)
+        r = format_zero_co(n, offset, length, zero_flags);
     node_leave(n);
     if (!r && (zero_flags & ZERO_FUA || n->flags & NODE_WRITETHROUGH))
         r = disk_flush_co(n);
@@ -124,13 +125,11 @@ int disk_discard_co(struct node *n, uint64_t offset, uint64_t length) {
         return -EROFS;
     if (length > INT64_MAX || offset > INT64_MAX - length)
         return -EINVAL;
-    if (n->drv->format && (offset > n->size || length > n->size - offset))
-        return -ENOSPC;
     uint64_t unit = n->drv->format ? n->granularity : n->request_align;
     uint64_t low = align_up(offset, unit), end = offset + length;
-    uint64_t high = n->drv->format && end == n->size ? end : align_down(end, unit);
-    int r = 0;
     node_enter_co(n);
+    uint64_t high = n->drv->format && end == n->size ? end : align_down(end, unit);
+    int r = n->drv->format && (offset > n->size || length > n->size - offset) ? -ENOSPC : 0;
     while (!r && low < high) {
         uint64_t step = min_u64(high - low, ZERO_STEP - low % ZERO_STEP);
         if (!n->drv->format) {

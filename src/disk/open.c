@@ -186,6 +186,10 @@ static int node_flags_from_tree(const json_t *tree, unsigned *flags, struct err 
         else if (strcmp(detect, "off"))
             return err_set(e, EINVAL, "detect-zeroes is 'off', 'on' or 'unmap', not '%s'", detect);
     }
+    if (!r && detect && *flags & NODE_DETECT_UNMAP && !(*flags & NODE_UNMAP))
+        return err_set(e, EINVAL,
+                       "setting detect-zeroes to unmap is not allowed without setting discard "
+                       "operation to unmap");
     if (!r && *flags & NODE_FORCE_SHARE && *flags & NODE_RW)
         return err_set(e, EINVAL, "force-share only goes with read-only");
     return r;

@@ -201,8 +201,64 @@ static int format_pwritev_co(struct node *n, uint64_t offset, uint64_t length,
     return r;
 }
 
+static int format_write_co(struct node *n, uint64_t offset, uint64_t length,
+                           const struct iovec *iov, int niov, unsigned flags) {
+    /* Where the format keeps metadata, even a mapping that is already there may not be stable yet:
+     * then only a flush makes the write so.  It is a request of its own, outside of this one:
+     * inside it would wait for a quiesce that waits for this one. */
+    bool flush = flags & IO_FUA && n->drv->format->flush_co && !PLANTED(FUA_WITHOUT_MAPPING);
+    int r = -ENOSPC;
+    node_enter_co(n);
+    if (offset <= n->size && length <= n->size - offset) /* it may have shrunk while we waited */
+        r = format_pwritev_co(n, offset, length, iov, niov, flush ? flags & ~IO_FUA : flags);
+    node_leave(n);
+    return !r && flush ? disk_flush_co(n) : r;
+}
+
+/* ---------------------------------------------------------------- detect-zeroes */
+
+/* Pieces of this size (or of the format's unit) are told apart: smaller ones would cost more
+ * requests than they save room. */
+#define DETECT_PIECE (64 * KIB)
+
 static bool detects_zeroes(const struct node *n, unsigned flags) {
     return flags & IO_DETECT_ZEROES || n->flags & (NODE_DETECT_ZEROES | NODE_DETECT_UNMAP);
+}
+
+/* The longest run of pieces from `from` that are all zeros, or all not; *zero tells. */
+static uint64_t detect_run(uint64_t piece, uint64_t offset, uint64_t from, uint64_t length,
+                           const struct iovec *iov, int niov, bool *zero) {
+    uint64_t pos = from;
+    for (uint64_t next; pos < length; pos = next) {
+        next = min_u64(length, align_down(offset + pos, piece) + piece - offset);
+        bool z = iov_is_zero(iov, niov, pos, next - pos);
+        if (pos > from && z != *zero)
+            break;
+        *zero = z;
+    }
+    return pos - from;
+}
+
+/* Written zeros become zero units, or zeros of what lies in part of one; the rest is written. */
+static int write_detecting_co(struct node *n, uint64_t offset, uint64_t length,
+                              const struct iovec *iov, int niov, unsigned flags) {
+    unsigned zero_flags = n->flags & NODE_DETECT_UNMAP ? ZERO_MAY_UNMAP : 0;
+    uint64_t piece = max_u64(n->granularity, DETECT_PIECE);
+    int r = 0;
+    for (uint64_t done = 0, run; !r && done < length; done += run) {
+        bool zero = false;
+        run = detect_run(piece, offset, done, length, iov, niov, &zero);
+        if (zero) {
+            r = disk_zero_co(n, offset + done, run, zero_flags | (flags & IO_FUA ? ZERO_FUA : 0));
+        } else if (run == length) {
+            r = format_write_co(n, offset, length, iov, niov, flags);
+        } else {
+            struct iovec part[IOV_MAX_STRATA];
+            int k = iov_slice(iov, niov, done, run, part);
+            r = format_write_co(n, offset + done, run, part, k, flags);
+        }
+    }
+    return r;
 }
 
 int disk_pwritev_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
@@ -225,18 +281,8 @@ int disk_pwritev_co(struct node *n, uint64_t offset, uint64_t length, const stru
     }
     if (offset > n->size || length > n->size - offset)
         return -ENOSPC;
-    if (detects_zeroes(n, flags) && iov_is_zero(iov, niov, 0, length))
-        return disk_zero_co(n, offset, length,
-                            (n->flags & NODE_DETECT_UNMAP ? ZERO_MAY_UNMAP : 0) |
-                                (flags & IO_FUA ? ZERO_FUA : 0));
-    /* Where the format keeps metadata, even a mapping that is already there may not be stable yet:
-     * then only a flush makes the write so.  It is a request of its own, outside of this one:
-     * inside it would wait for a quiesce that waits for this one. */
-    bool flush = flags & IO_FUA && n->drv->format->flush_co && !PLANTED(FUA_WITHOUT_MAPPING);
-    node_enter_co(n);
-    int r = format_pwritev_co(n, offset, length, iov, niov, flush ? flags & ~IO_FUA : flags);
-    node_leave(n);
-    return !r && flush ? disk_flush_co(n) : r;
+    return detects_zeroes(n, flags) ? write_detecting_co(n, offset, length, iov, niov, flags)
+                                    : format_write_co(n, offset, length, iov, niov, flags);
 }
 
 int write_zeros_co(struct node *n, uint64_t offset, uint64_t length) {
@@ -265,8 +311,12 @@ int disk_write_coded_co(struct node *n, uint64_t offset, const void *code, uint3
         return -EROFS;
     if (offset >= n->size || !is_aligned(offset, n->granularity) || !coded_length)
         return -EINVAL;
-    uint64_t length = min_u64(n->granularity, n->size - offset);
     node_enter_co(n);
+    if (offset >= n->size) { /* it has shrunk while we waited */
+        node_leave(n);
+        return -ENOSPC;
+    }
+    uint64_t length = min_u64(n->granularity, n->size - offset);
     struct range_req lock;
     range_lock_co(&n->locks, &lock, offset, length, true);
     struct placement p = {0};
