@@ -7,6 +7,7 @@
 #   make test          every test, on a fresh machine too: setup, build, unit, cli, interop
 #   make crash         build the states that power cuts could leave, and judge each
 #   make bench         strata beside its peers, one table
+#   make iotests       QEMU's own tests on the drop-in names: QEMU_TESTS=tests/qemu-iotests of its source
 #   make asan          the build with AddressSanitizer and UBSan, into build-asan/
 #   make fuzz          the fuzz targets, FUZZ_SECONDS (60) each, built into build-fuzz/
 #   make format-check  is every source file formatted?   (make format does it)
@@ -46,6 +47,14 @@ crash: all
 	    $(BUILD)/tests/crash/lab -n $(CRASH_STATES) -s $$(od -An -N4 -tu4 /dev/urandom) || exit 1; \
 	done
 
+# QEMU's tests are not part of this tree, nor of Debian's packages: name the folder that has them.
+QEMU_TESTS ?=
+QEMU_PROGRAMS ?= /usr/bin
+iotests: all
+	@test -d "$(QEMU_TESTS)" || { echo "give QEMU_TESTS=.../tests/qemu-iotests of a QEMU source tree" >&2; exit 1; }
+	@/usr/bin/python3 tests/iotests/run.py "$(QEMU_TESTS)" --peer $(QEMU_PROGRAMS) \
+	    --strata $(BUILD)/src/strata --results $(BUILD)/iotests.json --work $(BUILD)/iotests -j $(JOBS)
+
 asan:
 	@test -f build-asan/build.ninja || meson setup build-asan \
 	    -Db_sanitize=address,undefined
@@ -70,4 +79,4 @@ install: all
 clean:
 	rm -rf $(BUILD) build-asan build-fuzz build-gcc build-clang
 
-.PHONY: all setup try test crash bench asan fuzz format-check format install clean
+.PHONY: all setup iotests try test crash bench asan fuzz format-check format install clean

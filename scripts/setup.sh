@@ -19,7 +19,7 @@ packages=(
     # compilers and build
     gcc libc6-dev clang libclang-rt-dev clang-format-14 meson ninja-build pkg-config
     # libraries
-    liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libcmocka-dev
+    libnbd0 liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libcmocka-dev
     # the peers that tests and bench compare with
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio
     # the guest of `run`, `make try` and its tests

@@ -109,7 +109,8 @@ int opt_parse_keyval(const char *text, const char *implied_key, json_t **tree, s
 
 /*
  * Parses the text behind "json:" (at most 1 MiB, depth at most 64), expanding dotted keys inside
- * objects: {"file.driver": "file"} is {"file": {"driver": "file"}}.  New reference.
+ * objects: {"file.driver": "file"} is {"file": {"driver": "file"}}.  Strings may stand in single
+ * quotes, as QEMU takes them.  New reference.
  */
 int opt_parse_json(const char *text, json_t **tree, struct err *e);
 

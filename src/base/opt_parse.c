@@ -219,6 +219,33 @@ static json_t *expand(json_t *from, int depth_left, struct err *e) {
     return steal(&to);
 }
 
+/*
+ * QEMU's JSON takes strings in single quotes too, and people's scripts use them to get by in a
+ * shell.  Rewritten to double quotes: \" appears for a bare one inside, and \' becomes '.  Owned.
+ */
+static char *double_quoted(const char *text) {
+    struct strbuf b = STRBUF_INIT;
+    char open = 0;
+    for (const char *c = text; *c; c++) {
+        if (!open && (*c == '"' || *c == '\'')) {
+            open = *c;
+            strbuf_puts(&b, "\"");
+        } else if (open && *c == open) {
+            open = 0;
+            strbuf_puts(&b, "\"");
+        } else if (open && *c == '\\' && c[1]) {
+            if (c[1] != '\'')
+                strbuf_add(&b, c, 1);
+            strbuf_add(&b, ++c, 1);
+        } else if (open == '\'' && *c == '"') {
+            strbuf_puts(&b, "\\\"");
+        } else {
+            strbuf_add(&b, c, 1);
+        }
+    }
+    return strbuf_steal(&b);
+}
+
 int opt_parse_json(const char *text, json_t **tree, struct err *e) {
     size_t len = strlen(text);
     if (len > TEXT_MAX)
@@ -227,6 +254,9 @@ int opt_parse_json(const char *text, json_t **tree, struct err *e) {
     if (nesting(text) > DEPTH_MAX)
         return err_set(e, EINVAL, "options are nested more than %d deep", DEPTH_MAX);
     json_error_t je;
+    char *quoted AUTO_FREE = strchr(text, '\'') ? double_quoted(text) : NULL;
+    if (quoted)
+        text = quoted;
     json_t *raw AUTO_JSON = json_loads(text, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &je);
     if (!raw) {
         char *why AUTO_FREE = shown(je.text);

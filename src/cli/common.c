@@ -42,7 +42,9 @@ int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *
     int rc = node_open_co(&req, out, &ctx->err);
     json_decref(tree);
     if (rc < 0)
-        dialect_open_error(ctx, name, image->format, "Could not open");
+        dialect_open_error(ctx, name, image->format,
+                           strcmp(dialect_program(), "qemu-nbd") ? "Could not open"
+                                                                 : "Failed to blk_new_open");
     return rc;
 }
 
@@ -100,7 +102,7 @@ char *cli_safe(const char *name) {
 
 static void print_line(const struct verb_ctx *ctx, const char *kind, const char *text) {
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
-    strbuf_puts(&b, cli_words("strata: ", "qemu-img: "));
+    strbuf_printf(&b, "%s: ", dialect_program());
     if (ctx && ctx->verb && !dialect_is_qemu())
         strbuf_printf(&b, "%s: ", ctx->verb->name);
     strbuf_puts(&b, kind);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The words of qemu-img: names of options, messages, the second lines of errors.
+ * The words of qemu-img and its two companions: names of options, messages, the second lines of
+ * errors.  What only qemu-io and qemu-nbd have is in dialect_io.c and dialect_nbd.c.
  *
  * Messages are facts taken from what the program prints (versions 7.2 to 10).  An error of ours is
  * put into them by its code and the words in front of it; what has no counterpart there keeps our
@@ -20,12 +21,16 @@
 #include "disk/node.h"
 
 #define SECOND "\001"
-#define TRY_HELP SECOND "Try 'qemu-img --help' for more information"
 
-static bool called_qemu_img;
+/* The drop-in name that we were called by; NULL: our own. */
+static const char *called_as;
 
 bool dialect_is_qemu(void) {
-    return called_qemu_img;
+    return called_as;
+}
+
+const char *dialect_program(void) {
+    return called_as ? called_as : "strata";
 }
 
 /* ---------------------------------------------------------------- options */
@@ -52,7 +57,7 @@ static const struct cli_opt *row_named(const struct verb *v, const char *name) {
 }
 
 const struct cli_opt *dialect_row(const struct verb *v, char letter, const char *name) {
-    if (!called_qemu_img)
+    if (!called_as)
         return NULL;
     for (int i = 0; aliases[i].verb; i++) {
         bool hit = (letter && aliases[i].letter == letter) ||
@@ -66,7 +71,7 @@ const struct cli_opt *dialect_row(const struct verb *v, char letter, const char 
 const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name) {
     const struct cli_opt *found = NULL;
     size_t len = strlen(name);
-    if (!called_qemu_img || !len)
+    if (!called_as || !len)
         return NULL;
     for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++) {
         if (!o->name || strncmp(o->name, name, len))
@@ -100,7 +105,7 @@ int dialect_usage(struct verb_ctx *ctx, const char *fmt, ...) {
         text = NULL;
     va_end(ap);
     int rc = err_set(&ctx->err, EINVAL, "%s", text ? text : "out of memory");
-    err_hint(&ctx->err, TRY_HELP);
+    err_hint(&ctx->err, SECOND "Try '%s --help' for more information", called_as);
     free(text);
     return rc;
 }
@@ -145,7 +150,7 @@ int dialect_bad_number(struct verb_ctx *ctx, const char *what) {
 }
 
 void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n) {
-    if (!called_qemu_img || !(n->flags & NODE_GUESSED))
+    if (!called_as || !(n->flags & NODE_GUESSED))
         return;
     fprintf(stderr,
             "WARNING: Image format was not specified for '%s' and probing guessed raw.\n"
@@ -205,7 +210,7 @@ int dialect_bad_value(struct verb_ctx *ctx, const struct cli_opt *o, const char 
 }
 
 int dialect_image_size(struct verb_ctx *ctx) {
-    if (!called_qemu_img)
+    if (!called_as)
         return -ctx->err.code;
     if (ctx->err.code != ERANGE)
         return dialect_bad_number(ctx, "image size");
@@ -230,6 +235,8 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
     const char *why;
     if ((why = behind(text, "cannot open: ")) || (why = behind(text, "cannot open for writing: ")))
         strbuf_printf(b, "Could not open '%s': %s", name, why);
+    else if ((why = strstr(text, "Failed to connect to '")))
+        strbuf_puts(b, why);
     else if (strstr(text, "is a directory"))
         strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
     else if (e->code == ENOENT || e->code == EACCES)
@@ -254,17 +261,28 @@ static void put_lock(struct strbuf *b, const char *text, bool writing) {
     strbuf_printf(b, "Failed to get %s\"write\" lock", writing || other_reads ? "" : "shared ");
 }
 
+/* `before` is whole, has a %s for the name, or is followed by the name in quotes. */
+static void put_before(struct strbuf *b, const char *before, const char *name) {
+    const char *hole = strstr(before, "%s");
+    if (hole)
+        strbuf_printf(b, "%.*s%s%s", (int)(hole - before), before, name, hole + 2);
+    else if (strlen(before) > 2 && !strcmp(before + strlen(before) - 2, ": "))
+        strbuf_puts(b, before);
+    else
+        strbuf_printf(b, "%s '%s': ", before, name);
+}
+
 void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
                         const char *before) {
     struct err *e = &ctx->err;
-    if (!called_qemu_img || !e->text)
+    if (!called_as || !e->text)
         return;
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
     char *safe AUTO_FREE = cli_safe(name), *at_file = xstrdup(name);
     const char *text = e->text, *hint = NULL;
     if (!strncmp(text, safe, strlen(safe)) && !strncmp(text + strlen(safe), ": ", 2))
         text += strlen(safe) + 2;
-    strbuf_printf(&b, "%s '%s': ", before, name);
+    put_before(&b, before, name);
     const char *backing = "backing file '";
     bool inside = false;
     while (!strncmp(text, backing, strlen(backing))) {
@@ -305,7 +323,7 @@ void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *form
 void dialect_print_error(const struct err *e) {
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
     const char *text = err_text(e);
-    strbuf_puts(&b, "qemu-img: ");
+    strbuf_printf(&b, "%s: ", called_as);
     strbuf_put_safe(&b, text, strlen(text));
     strbuf_puts(&b, "\n");
     if (e->hint && !strncmp(e->hint, SECOND, 1) && e->hint[1])
@@ -347,11 +365,7 @@ static void print_help(void) {
     puts("");
 }
 
-int dialect_main(int argc, char **argv) {
-    const char *slash = argc ? strrchr(argv[0], '/') : NULL;
-    if (!argc || strcmp(slash ? slash + 1 : argv[0], "qemu-img"))
-        return -1;
-    called_qemu_img = true;
+static int img_main(int argc, char **argv) {
     int i = 1;
     for (; i < argc && argv[i][0] == '-'; i++) {
         const char *a = argv[i];
@@ -375,4 +389,20 @@ int dialect_main(int argc, char **argv) {
     if (!v)
         return misuse("Command not found: %s", argv[i]);
     return cli_verb_main(v, argc - i - 1, argv + i + 1);
+}
+
+int dialect_main(int argc, char **argv) {
+    const char *slash = argc ? strrchr(argv[0], '/') : NULL;
+    const char *name = !argc ? "" : slash ? slash + 1 : argv[0];
+    static const char *const names[] = {"qemu-img", "qemu-io", "qemu-nbd"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
+        if (!strcmp(name, names[i]))
+            called_as = names[i];
+    if (!called_as)
+        return -1;
+    if (!strcmp(called_as, "qemu-io"))
+        return dialect_io_main(argc, argv);
+    if (!strcmp(called_as, "qemu-nbd"))
+        return dialect_nbd_main(argc, argv);
+    return img_main(argc, argv);
 }

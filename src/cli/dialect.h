@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The drop-in name qemu-img: the same verbs, in the words of that program.
+ * The drop-in names qemu-img, qemu-io and qemu-nbd: the same work, in the words of those programs.
  *
- * Called as `qemu-img`, strata takes that program's command line (option letters, abbreviated long
+ * Called by one of them, strata takes that program's command line (option letters, abbreviated long
  * names), speaks its messages and leaves with its exit statuses; libvirt, OpenStack and people's
  * scripts parse them.  The work is done by the verbs; where a sentence differs, the verb gives both
  * forms to cli_words(), and what cannot be said so simply is in dialect.c.
@@ -15,8 +15,10 @@
 #include <stdbool.h>
 #include "cli/cli.h"
 
-/* True once main has found that it was called by the drop-in name. */
+/* True once main has found that it was called by a drop-in name. */
 bool dialect_is_qemu(void);
+/* The name in front of messages: "strata", or the drop-in name. */
+const char *dialect_program(void);
 
 /* The form of a text that the program's name asks for.  Both take the same arguments. */
 static inline __attribute__((format_arg(1), format_arg(2))) const char *
@@ -26,6 +28,10 @@ cli_words(const char *own, const char *qemu) {
 
 /* The program's name and arguments are another program's: its exit status; -1: they are ours. */
 int dialect_main(int argc, char **argv);
+
+/* The whole programs (dialect_io.c, dialect_nbd.c): their exit statuses. */
+int dialect_io_main(int argc, char **argv);
+int dialect_nbd_main(int argc, char **argv);
 
 /* ---- for args.c and common.c ---- */
 /* Letters and names that this verb has only there.  NULL: none such. */
@@ -46,7 +52,8 @@ void dialect_print_error(const struct err *e);
 
 /* ---- errors that verbs and helpers put into that program's words ---- */
 /*
- * Rewrites the error of opening `name` (`before`: "Could not open" or another such start).
+ * Rewrites the error of opening `name` (`before`: "Could not open" or another such start, a text with a
+ * %s where the name goes, or one that ends in ": ").
  */
 void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
                         const char *before);

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 #include "base/err.h"
 #include "base/size.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "cli/io_cmd.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -25,16 +27,31 @@
 
 enum { TOKENS_MAX = 80 };
 
-void io_complain(const struct io_session *s, const char *fmt, ...) {
+static void complain(const struct io_session *s, bool bare, const char *fmt, va_list ap) {
     struct err e AUTO_ERR = ERR_INIT;
-    va_list ap;
     char *text AUTO_FREE = NULL;
-    va_start(ap, fmt);
     if (vasprintf(&text, fmt, ap) < 0)
         text = NULL;
-    va_end(ap);
     err_set(&e, EINVAL, "%s", text ? text : "out of memory");
-    cli_print_error(s->ctx, &e);
+    fflush(stdout);
+    if (bare)
+        fprintf(stderr, "%s\n", e.text);
+    else
+        cli_print_error(s->ctx, &e);
+}
+
+void io_complain(const struct io_session *s, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    complain(s, false, fmt, ap);
+    va_end(ap);
+}
+
+void io_complain_bare(const struct io_session *s, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    complain(s, dialect_is_qemu(), fmt, ap);
+    va_end(ap);
 }
 
 const char *io_quantity(double v, char buf[static 32]) {
@@ -54,9 +71,14 @@ const char *io_quantity(double v, char buf[static 32]) {
 }
 
 bool io_parse_size(const char *text, uint64_t *out) {
-    if (!size_parse(text, "argument", out, NULL))
+    int r = size_parse(text, "argument", out, NULL);
+    if (!r)
         return true;
-    printf("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- %s\n", text);
+    if (r == -ERANGE)
+        printf("Parsing error: argument too large -- %s\n", text);
+    else
+        printf("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- %s\n",
+               text);
     return false;
 }
 
@@ -205,18 +227,21 @@ static int io_sleep_co(struct io_session *s, const struct io_args *a) {
     return 0;
 }
 
-static int io_reopen_co(struct io_session *s, const struct io_args *a) {
-    struct err e AUTO_ERR = ERR_INIT;
-    if (a->has['r'] && a->has['w']) {
-        puts("Only one of -r/-w can be given");
+static int io_abort_co(struct io_session *s, const struct io_args *a) {
+    abort();
+}
+
+static int io_sigraise_co(struct io_session *s, const struct io_args *a) {
+    uint64_t sig;
+    if (!io_parse_size(a->pos[0], &sig))
+        return -EINVAL;
+    if (sig > NSIG) {
+        printf("signal argument '%s' is too large to be a valid signal\n", a->pos[0]);
         return -EINVAL;
     }
-    bool rw = a->has['r'] ? false : a->has['w'] ? true : node_is_rw(s->node);
-    io_session_drain_co(s);
-    int r = node_reopen_co(s->node, rw, &e);
-    if (r)
-        cli_print_error(s->ctx, &e);
-    return r;
+    fflush(stdout);
+    raise((int)sig);
+    return 0;
 }
 
 static int io_quit_co(struct io_session *s, const struct io_args *a) {
@@ -238,49 +263,65 @@ static io_fn io_help_co;
         " -q, -- quiet mode, do not show I/O statistics"
 
 static const struct io_cmd io_commands[] = {
-    {"aio_flush", NULL, io_aio_flush_co, "", 0, 0, false, "",
+    {"aio_flush", NULL, io_aio_flush_co, "", 0, 0, false, false, "",
      "completes all outstanding aio requests", NULL},
-    {"aio_read", NULL, io_aio_read_co, "CqvP:", 2, 64, false, "[-Cqv] [-P pattern] off len [len..]",
-     "asynchronously reads a number of bytes",
+    {"aio_read", NULL, io_aio_read_co, "CiP:qrv", 2, 64, false, false,
+     "[-Ciqrv] [-P pattern] off len [len..]", "asynchronously reads a number of bytes",
      LINES("reads into several buffers, of the lengths given, while later commands run",
            " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
-    {"aio_write", NULL, io_aio_write_co, "CfquzP:", 2, 64, false,
+    {"aio_write", NULL, io_aio_write_co, "CfiP:qruz", 2, 64, false, true,
      "[-Cfquz] [-P pattern] off len [len..]", "asynchronously writes a number of bytes",
      LINES("writes from several buffers, of the lengths given, while later commands run",
            " -P, -- write this byte; default 0xcd",
            " -f, -- the data is on stable storage when it completes (FUA)",
            " -z, -- write zeros without moving data", " -u, -- with -z: space may be given back",
            HELP_COMMON)},
-    {"alloc", NULL, io_alloc_co, "", 1, 2, false, "offset [count]",
+    {"abort", NULL, io_abort_co, "", 0, 0, true, false, "",
+     "simulate a program crash using abort(3)", NULL},
+    {"alloc", "a", io_alloc_co, "", 1, 2, false, false, "offset [count]",
      "checks if offset is allocated in the file", NULL},
-    {"discard", "d", io_discard_co, "Cq", 2, 2, false, "[-Cq] off len",
+    {"close", "c", io_close_co, "", 0, 0, false, false, "", "close the current open file", NULL},
+    {"discard", "d", io_discard_co, "Cq", 2, 2, false, true, "[-Cq] off len",
      "discards a number of bytes at a specified offset", LINES(HELP_COMMON)},
-    {"flush", "f", io_flush_co, "", 0, 0, false, "", "flush all in-core file state to disk", NULL},
-    {"help", "?", io_help_co, "", 0, 1, true, "[command]", "help for one or all commands", NULL},
-    {"info", "i", io_info_co, "", 0, 0, false, "", "prints information about the current file",
+    {"flush", "f", io_flush_co, "", 0, 0, false, false, "", "flush all in-core file state to disk",
      NULL},
-    {"length", "l", io_length_co, "", 0, 0, false, "", "gets the length of the current file", NULL},
-    {"map", NULL, io_map_co, "", 0, 0, false, "", "prints the allocated areas of a file", NULL},
-    {"quit", "q", io_quit_co, "", 0, 0, true, "", "exit the program", NULL},
-    {"read", "r", io_read_co, "abCpqvP:s:l:", 2, 2, false,
-     "[-Cqv] [-P pattern [-s off] [-l len]] off len",
+    {"help", "?", io_help_co, "", 0, 1, true, false, "[command]", "help for one or all commands",
+     NULL},
+    {"info", "i", io_info_co, "", 0, 0, false, false, "",
+     "prints information about the current file", NULL},
+    {"length", "l", io_length_co, "", 0, 0, false, false, "", "gets the length of the current file",
+     NULL},
+    {"map", NULL, io_map_co, "", 0, 0, false, false, "", "prints the allocated areas of a file",
+     NULL},
+    {"open", "o", io_open_command_co, "snCro:ki:t:d:U", 0, 1, true, false,
+     "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]", "open the file specified by path",
+     LINES(" -r, -- read-only", " -s, -- use a snapshot that is thrown away",
+           " -C, -- keep what is read from backing files", " -n, -- short for -t none",
+           " -U, -- open even while others write", " -t, -- cache mode",
+           " -d, -- discard mode: unmap or ignore", " -o, -- options of the image")},
+    {"quit", "q", io_quit_co, "", 0, IO_POS_MAX, true, false, "", "exit the program", NULL},
+    {"read", "r", io_read_co, "bCl:pP:qrs:v", 2, 2, false, false,
+     "[-abCqrv] [-P pattern [-s off] [-l len]] off len",
      "reads a number of bytes at a specified offset",
      LINES("-v 512 1k dumps 1 kilobyte read from 512 bytes into the disk",
            " -P, -- verify the data against this byte",
            " -s, -- first byte of what is verified (only with -P)",
            " -l, -- number of bytes that are verified (only with -P)", " -v, -- dump the data",
            " -p, -- ignored for backwards compatibility", HELP_COMMON)},
-    {"readv", "rv", io_readv_co, "CqvP:", 2, 64, false, "[-Cqv] [-P pattern] off len [len..]",
-     "reads a number of bytes at a specified offset",
+    {"readv", "rv", io_readv_co, "CqrvP:", 2, 64, false, false,
+     "[-Cqv] [-P pattern] off len [len..]", "reads a number of bytes at a specified offset",
      LINES("reads into several buffers, of the lengths given",
            " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
-    {"reopen", NULL, io_reopen_co, "rw", 0, 0, false, "[-r|-w]",
-     "reopens the image read-only or read-write", NULL},
-    {"sleep", NULL, io_sleep_co, "", 1, 1, true, "milliseconds",
+    {"reopen", NULL, io_reopen_co, "c:o:rw", 0, 0, false, false,
+     "[(-r|-w)] [-c cache] [-o options]", "reopens an image with new options",
+     LINES(" -r, -- reopen the image read-only", " -w, -- reopen the image read-write",
+           " -c, -- change the cache mode", " -o, -- change options of the image")},
+    {"sigraise", NULL, io_sigraise_co, "", 1, 1, true, false, "signal", "raises a signal", NULL},
+    {"sleep", NULL, io_sleep_co, "", 1, 1, true, false, "milliseconds",
      "waits for the given value in milliseconds", NULL},
-    {"truncate", "t", io_truncate_co, "m:", 1, 1, false, "[-m prealloc_mode] off",
+    {"truncate", "t", io_truncate_co, "m:", 1, 1, false, true, "[-m prealloc_mode] off",
      "truncates the current file at the given offset", NULL},
-    {"write", "w", io_write_co, "bcCfnpquzP:s:", 2, 2, false,
+    {"write", "w", io_write_co, "bcCfnpP:qrs:uz", 2, 2, false, true,
      "[-cCfnquz] [-P pattern | -s source_file] off len",
      "writes a number of bytes at a specified offset",
      LINES(" -P, -- write this byte; default 0xcd", " -s, -- write what is in this file, repeated",
@@ -290,8 +331,8 @@ static const struct io_cmd io_commands[] = {
            " -n, -- with -z: fail rather than write zeros slowly",
            " -u, -- with -z: space may be given back",
            " -p, -- ignored for backwards compatibility", HELP_COMMON)},
-    {"writev", "wv", io_writev_co, "CfqP:", 2, 64, false, "[-Cfq] [-P pattern] off len [len..]",
-     "writes a number of bytes at a specified offset",
+    {"writev", "wv", io_writev_co, "CfqrP:", 2, 64, false, true,
+     "[-Cfq] [-P pattern] off len [len..]", "writes a number of bytes at a specified offset",
      LINES("writes from several buffers, of the lengths given",
            " -P, -- write this byte; default 0xcd",
            " -f, -- the data is on stable storage when it completes (FUA)", HELP_COMMON)},
@@ -359,7 +400,7 @@ static int parse_words(struct io_session *s, const struct io_cmd *c, char **word
             unsigned char letter = (unsigned char)*w;
             const char *known = letter < 128 && letter != ':' ? strchr(c->letters, letter) : NULL;
             if (!known) {
-                io_complain(s, "%s: invalid option -- '%c'", c->name, letter);
+                io_complain_bare(s, "%s: invalid option -- '%c'", word[0], letter);
                 return io_usage(c);
             }
             a->has[letter] = true;
@@ -367,24 +408,31 @@ static int parse_words(struct io_session *s, const struct io_cmd *c, char **word
                 continue;
             a->val[letter] = w[1] ? w + 1 : i + 1 < n ? word[++i] : NULL;
             if (!a->val[letter]) {
-                io_complain(s, "%s: option requires an argument -- '%c'", c->name, letter);
+                io_complain_bare(s, "%s: option requires an argument -- '%c'", word[0], letter);
                 return io_usage(c);
             }
+            if (letter == 'o' && a->list_n < (int)(sizeof(a->list) / sizeof(a->list[0])))
+                a->list[a->list_n++] = a->val[letter];
             break;
         }
     }
     return 0;
 }
 
-static int check_count(struct io_session *s, const struct io_cmd *c, int n) {
-    if (n >= c->pos_min && n <= c->pos_max)
+/* As there, options count as arguments too, and only commands without options have a most. */
+static int check_count(struct io_session *s, const struct io_cmd *c, char **word, int n) {
+    bool open_end = *c->letters || c->pos_max == IO_POS_MAX;
+    if (n >= c->pos_min && (open_end || n <= c->pos_max))
         return 0;
-    if (c->pos_max == c->pos_min)
-        io_complain(s, "bad argument count %d to %s, expected %d arguments", n, c->name,
-                    c->pos_min);
+    if (open_end)
+        io_complain_bare(s, "bad argument count %d to %s, expected at least %d arguments", n,
+                         word[0], c->pos_min);
+    else if (c->pos_max == c->pos_min)
+        io_complain_bare(s, "bad argument count %d to %s, expected %d arguments", n, word[0],
+                         c->pos_min);
     else
-        io_complain(s, "bad argument count %d to %s, expected between %d and %d arguments", n,
-                    c->name, c->pos_min, c->pos_max);
+        io_complain_bare(s, "bad argument count %d to %s, expected between %d and %d arguments", n,
+                         word[0], c->pos_min, c->pos_max);
     return -EINVAL;
 }
 
@@ -395,25 +443,34 @@ static int run_words_co(struct io_session *s, char **word, int n) {
     }
     const struct io_cmd *c = find_command(word[0]);
     if (!c) {
-        io_complain(s, "command \"%s\" not found", word[0]);
+        io_complain_bare(s, "command \"%s\" not found", word[0]);
         return -EINVAL;
     }
+    if (!s->node && !c->no_disk) {
+        io_complain_bare(s, "%s",
+                         cli_words("no file open: name an image on the command line, or open one",
+                                   "no file open, try 'help open'"));
+        return -EINVAL;
+    }
+    int r = check_count(s, c, word, n - 1);
+    if (!r && c->writes && !node_is_rw(s->node)) {
+        io_complain(s, "%s", cli_words("the image is open read-only", "Block node is read-only"));
+        r = -EROFS;
+    }
+    if (r)
+        return r;
     struct io_args *a = xcalloc(1, sizeof(*a)); /* 1.7 KiB: too large for a task's stack */
     a->cmd = c;
-    int r = parse_words(s, c, word, n, a);
-    if (!r)
-        r = check_count(s, c, a->pos_n);
-    if (!r && !s->node && !c->no_disk) {
-        io_complain(s, "no file open: name an image on the command line");
-        r = -EINVAL;
-    }
+    r = parse_words(s, c, word, n, a);
+    if (!r && (a->pos_n < c->pos_min || a->pos_n > c->pos_max))
+        r = io_usage(c);
     if (!r)
         r = c->fn(s, a);
     free(a);
     return r;
 }
 
-void io_session_init(struct io_session *s, const struct verb_ctx *ctx, struct node *n) {
+void io_session_init(struct io_session *s, struct verb_ctx *ctx, struct node *n) {
     *s = (struct io_session){.ctx = ctx, .node = n};
     waitq_init(&s->idle);
     waitq_init(&s->slot);

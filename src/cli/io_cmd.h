@@ -20,21 +20,41 @@ struct node;
 struct verb_ctx;
 
 struct io_session {
-    const struct verb_ctx *ctx; /* for messages */
-    struct node *node;          /* NULL: only commands that need no disk */
-    bool failed;                /* a command has failed: exit status 1 */
+    struct verb_ctx *ctx; /* for messages */
+    struct node *node;    /* NULL: only commands that need no disk */
+    bool failed;          /* a command has failed: exit status 1 */
     bool quit;
+    bool image_opts;    /* names are key=value,... options */
+    bool misalign;      /* buffers that O_DIRECT would refuse */
+    bool copy_on_read;  /* reads keep in the top image what they took from below */
+    int trust;          /* enum gate of what is opened by command */
     unsigned in_flight; /* aio */
     struct waitq idle, slot;
 };
 
-void io_session_init(struct io_session *s, const struct verb_ctx *ctx, struct node *n);
+void io_session_init(struct io_session *s, struct verb_ctx *ctx, struct node *n);
+/* Lines from standard input until it ends or a command quits. */
+void io_session_stdin_co(struct io_session *s);
+/* Flushes, closes the disk: the exit status, or -errno with ctx->err set. */
+int io_session_end_co(struct io_session *s);
 /* Runs one line; sets s->failed and s->quit.  An empty line is nothing. */
 void io_session_run_co(struct io_session *s, const char *line);
 /* Waits for everything in flight. */
 void io_session_drain_co(struct io_session *s);
 
-/* ---- between io_cmd.c and io_rw.c ---- */
+/* How a disk is opened, in the words of the command line; NULL: not said. */
+struct io_open {
+    const char *name;
+    const char *const *options; /* -o texts */
+    int options_n;
+    const char *format, *cache, *discard, *aio;
+    bool read_only, snapshot, copy_on_read, force_share;
+};
+/* Both say what is wrong themselves.  -errno. */
+int io_open_modes(const struct io_session *s, const struct io_open *o);
+int io_open_co(struct io_session *s, const struct io_open *o);
+
+/* ---- between io_cmd.c, io_rw.c and io_open.c ---- */
 
 struct io_cmd;
 
@@ -45,6 +65,8 @@ struct io_args {
     const char *val[128]; /* of options with a value, borrowed from the line */
     const char *pos[IO_POS_MAX];
     int pos_n;
+    const char *list[16]; /* values of the repeatable -o */
+    int list_n;
 };
 
 /* 0, or -errno after saying why. */
@@ -56,12 +78,13 @@ struct io_cmd {
     const char *letters; /* as getopt takes them: "qP:" */
     int pos_min, pos_max;
     bool no_disk;
+    bool writes; /* needs a disk that is open for writing */
     const char *args, *summary;
     const char *const *details; /* lines, NULL-terminated; NULL: none */
 };
 
 io_fn io_read_co, io_readv_co, io_aio_read_co, io_write_co, io_writev_co, io_aio_write_co,
-    io_discard_co;
+    io_discard_co, io_open_command_co, io_close_co, io_reopen_co;
 
 /* "64 KiB", "1.062 MiB", "40 bytes": as qemu-io writes quantities. */
 const char *io_quantity(double v, char buf[static 32]);
@@ -69,8 +92,11 @@ const char *io_quantity(double v, char buf[static 32]);
 bool io_parse_size(const char *text, uint64_t *out);
 /* Prints "ARGS -- SUMMARY" and returns -EINVAL. */
 int io_usage(const struct io_cmd *cmd);
-/* "strata: io: text" on standard error. */
+/* "strata: io: text", or "qemu-io: text", on standard error. */
 void io_complain(const struct io_session *s, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+/* The same, but without a name in front where qemu-io puts none. */
+void io_complain_bare(const struct io_session *s, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
 #endif

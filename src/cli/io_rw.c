@@ -20,6 +20,7 @@
 #include "base/cleanup.h"
 #include "base/err.h"
 #include "base/iov.h"
+#include "cli/dialect.h"
 #include "cli/io_cmd.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -182,7 +183,7 @@ static int rw_finish(struct rw *w_in, int r) {
     }
     if (r < 0) {
         printf("%s failed: %s\n", w->name, strerror(-r));
-        if (w->offset > n->size || w->length > n->size - w->offset)
+        if (!dialect_is_qemu() && (w->offset > n->size || w->length > n->size - w->offset))
             io_complain(w->s, "the range ends behind the end of the disk (%" PRIu64 " bytes)",
                         n->size);
         return r;
@@ -357,18 +358,22 @@ int io_aio_read_co(struct io_session *s, const struct io_args *a) {
 
 /* What of the options of a write exclude one another.  NULL: nothing. */
 static const char *write_conflict(const struct io_args *a) {
-    if (a->has['b'])
-        return "there is no VM state to write";
-    if (a->has['b'] + a->has['c'] + a->has['z'] > 1)
-        return "-c and -z cannot be specified at the same time";
-    if (a->has['f'] && a->has['c'])
-        return "-f and -c cannot be specified at the same time";
+    if (a->has['b'] && a->has['z'])
+        return "-b and -z cannot be specified at the same time";
+    if (a->has['f'] && (a->has['b'] || a->has['c']))
+        return "-f and -b or -c cannot be specified at the same time";
     if (a->has['n'] && !a->has['z'])
         return "-n requires -z to be specified";
     if (a->has['u'] && !a->has['z'])
         return "-u requires -z to be specified";
     if (a->has['z'] + a->has['P'] + a->has['s'] > 1)
         return "Only one of -z, -P, and -s can be specified at the same time";
+    if (a->has['z'] && a->has['r'])
+        return "cannot combine zero write with registered I/O buffer";
+    if (a->has['c'] && a->has['z'])
+        return "-c and -z cannot be specified at the same time";
+    if (a->has['b'])
+        return "there is no VM state to write";
     return NULL;
 }
 
@@ -386,8 +391,8 @@ static int write_command_co(struct io_session *s, const struct io_args *a, const
         return -EINVAL;
     if (kind == RW_CODED && ((w->offset | w->length) & 511)) {
         bool bad_offset = w->offset & 511;
-        printf("%s is not a sector-aligned value for '%s'\n", a->pos[bad_offset ? 0 : 1],
-               bad_offset ? "offset" : "count");
+        printf("%" PRIu64 " is not a sector-aligned value for '%s'\n",
+               bad_offset ? w->offset : w->length, bad_offset ? "offset" : "count");
         return -EINVAL;
     }
     if (kind != RW_ZERO && !rw_buffer(w, pattern))

@@ -99,10 +99,18 @@ static int misuse(struct verb_ctx *ctx, const char *text) {
     return err_set(&ctx->err, EINVAL, "%s", text);
 }
 
+/* -o backing_fmt=... */
+static bool says_backing_format(const struct convert_args *a) {
+    for (size_t i = 0; i < a->options.n; i++)
+        if (strstr(a->options.v[i], "backing_fmt="))
+            return true;
+    return false;
+}
+
 static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
     if (a->compress && a->out_of_order)
         return misuse(ctx, "-c writes in order: it cannot be combined with -W");
-    if (a->backing && !a->backing_format && dialect_is_qemu())
+    if (a->backing && !a->backing_format && dialect_is_qemu() && !says_backing_format(a))
         return misuse(ctx, "Use of backing file requires explicit backing format");
     if (a->cache && dialect_is_qemu() && cache_parse(a->cache, NULL) < 0)
         return err_set(&ctx->err, EINVAL, "Invalid cache option: %s", a->cache);

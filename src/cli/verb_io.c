@@ -14,6 +14,7 @@
 #include "base/bytes.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "cli/io_cmd.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -81,13 +82,13 @@ static bool next_line_co(struct lines *l, char **line) {
     }
 }
 
-static void run_stdin_co(struct io_session *s) {
-    bool prompt = isatty(STDIN_FILENO);
+void io_session_stdin_co(struct io_session *s) {
+    bool prompt = dialect_is_qemu() || isatty(STDIN_FILENO);
     struct lines l = {.buf = malloc(LINE_MAX_BYTES)};
     char *line;
     while (l.buf && !s->quit) {
         if (prompt)
-            fputs("strata io> ", stdout);
+            fputs(cli_words("strata io> ", "qemu-io> "), stdout);
         fflush(stdout); /* a program at the other end waits for the answer */
         if (!next_line_co(&l, &line))
             break;
@@ -131,14 +132,13 @@ static int io_run_co(struct verb_ctx *ctx) {
     if (r < 0)
         return r;
     io_session_init(&s, ctx, n);
+    s.image_opts = a->image.image_opts;
+    s.trust = a->image.trust;
     for (size_t i = 0; i < a->commands.n && !s.quit; i++)
         io_session_run_co(&s, a->commands.v[i]);
     if (!a->commands.n)
-        run_stdin_co(&s);
-    io_session_drain_co(&s);
-    r = n && node_is_rw(n) ? disk_flush_co(n) : 0;
-    node_unref_co(n);
-    return r < 0 ? err_errno(&ctx->err, -r, "flushing") : s.failed;
+        io_session_stdin_co(&s);
+    return io_session_end_co(&s);
 }
 
 static const char *const details[] = {

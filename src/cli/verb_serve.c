@@ -21,6 +21,7 @@
 #include "base/log.h"
 #include "base/strbuf.h"
 #include "cli/daemon.h"
+#include "cli/dialect.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -31,12 +32,13 @@
 #include "runtime/task.h"
 
 static const char *const discard_names[] = {"ignore", "unmap", NULL};
+static const char *const detect_names[] = {"off", "on", "unmap", NULL};
 
 struct args {
     struct cli_image image;
     const char *socket, *bind, *name, *description, *pid_file, *scratch, *keep;
-    uint64_t port, scratch_size, share;
-    int discard;
+    uint64_t port, scratch_size, share, offset;
+    int discard, detect_zeroes;
     bool snapshot, commit, read_only, fork, persistent, verbose;
     /* From prepare to run. */
     int status_fd, activated_fd, activated_n;
@@ -71,6 +73,10 @@ static const struct cli_opt opts[] = {
     CLI_U64(struct args, share, 'e', "share", "N", 100, 1, 10000, "clients at once"),
     CLI_ENUM(struct args, discard, 0, "discard", "WHAT", discard_names, 1,
              "whether discarded blocks are given back to the host"),
+    CLI_ENUM(struct args, detect_zeroes, 0, "detect-zeroes", "WHAT", detect_names, 0,
+             "whether written zeros become zero units (on), and give back their room (unmap)"),
+    CLI_SIZE(struct args, offset, 0, "offset", "OFFSET", 0, 0, INT64_MAX,
+             "where in the disk the export begins"),
     CLI_FLAG(struct args, fork, 0, "fork", "go to the background once clients can connect"),
     CLI_STR(struct args, pid_file, 0, "pid-file", "FILE", "write the process id there"),
     CLI_FLAG(struct args, verbose, 'v', "verbose", "report each connection on standard error"),
@@ -134,6 +140,23 @@ static int serve_prepare(struct verb_ctx *ctx) {
 
 /* ---------------------------------------------------------------- the image */
 
+/* Only what lies behind --offset is served. */
+static int cut_offset_co(struct serve *s) {
+    const struct args *a = s->a;
+    if (!a->offset)
+        return 0;
+    json_t *window = json_pack("{s:I}", "offset", (json_int_t)a->offset);
+    struct open_req req = {.flags = node_is_rw(s->node) ? OPEN_RW : 0, .cache = a->image.cache};
+    if (a->discard)
+        req.flags |= OPEN_UNMAP;
+    struct node *top;
+    int rc = node_open_on_co(s->node, driver_find("raw"), window, &req, &top, &s->ctx->err);
+    json_decref(window);
+    if (rc == 0)
+        s->node = top;
+    return rc;
+}
+
 static int open_image_co(struct serve *s) {
     const struct args *a = s->a;
     struct err *e = &s->ctx->err;
@@ -142,9 +165,16 @@ static int open_image_co(struct serve *s) {
     if (!a->read_only && !a->snapshot)
         flags |= OPEN_RW;
     int rc = cli_open_co(s->ctx, file, &a->image, flags, &s->node);
+    if (rc == 0)
+        rc = cut_offset_co(s);
     if (rc < 0)
         return rc;
-    if ((s->node->flags & NODE_GUESSED) && ((flags & OPEN_RW) || a->commit)) {
+    if (flags & OPEN_RW && a->detect_zeroes)
+        s->node->flags |= a->detect_zeroes == 1 ? NODE_DETECT_ZEROES : NODE_DETECT_UNMAP;
+    if (dialect_is_qemu() && flags & OPEN_RW)
+        dialect_warn_guessed(s->ctx, s->node);
+    if (!dialect_is_qemu() && (s->node->flags & NODE_GUESSED) &&
+        ((flags & OPEN_RW) || a->commit)) {
         err_set(e, EINVAL,
                 "%s: no format was given and none was recognised; taken for raw it "
                 "could be turned by a guest into an image that names other files",
@@ -288,7 +318,8 @@ static int start_server(struct serve *s) {
 }
 
 static void serve_until_stopped_co(struct serve *s) {
-    printf("%s\n", s->uri.s);
+    if (!dialect_is_qemu())
+        printf("%s\n", s->uri.s);
     fflush(stdout);
     daemon_ready(&s->a->status_fd);
     service_notify_ready();

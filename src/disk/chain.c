@@ -179,7 +179,7 @@ static int refine_co(struct status *st) {
     if (x.kind != EXTENT_DATA) {
         st->length = x.length;
         st->zero = true;
-        st->data = false;
+        st->data = x.flags & EXTENT_ALLOCATED;
     } else {
         /* A file may end anywhere: what follows in the same block is told as data too, or runs of
          * odd lengths would reach everybody above. */

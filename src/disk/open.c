@@ -295,6 +295,17 @@ static char *display_name(const json_t *tree) {
     return xasprintf("json:%s", text ? text : "{}");
 }
 
+/* Says nothing but what the storage below is: that one's name tells as much. */
+static bool is_plain_tree(const json_t *tree) {
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)tree, key, value) {
+        if (strcmp(key, "driver") && strcmp(key, "file"))
+            return false;
+    }
+    return true;
+}
+
 static int open_driver_co(const struct driver *drv, struct open_ctx *ctx,
                           const struct node_want *want, unsigned flags, struct node **out,
                           struct err *e) {
@@ -319,6 +330,11 @@ static int open_driver_co(const struct driver *drv, struct open_ctx *ctx,
     if (r < 0) {
         node_destroy_co(n);
         return r;
+    }
+    if (!strncmp(n->filename, "json:", 5) && n->file && is_plain_tree(ctx->tree) &&
+        strncmp(n->file->filename, "json:", 5)) {
+        free(n->filename);
+        n->filename = xstrdup(n->file->filename);
     }
     *out = n;
     return 0;

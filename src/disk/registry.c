@@ -5,11 +5,11 @@
 #include "disk/driver.h"
 
 extern const struct driver driver_file, driver_host_device, driver_memory, driver_null_co,
-    driver_null_aio, driver_raw, driver_qcow2, driver_vdi;
+    driver_null_aio, driver_nbd, driver_raw, driver_qcow2, driver_vdi;
 
 const struct driver *const driver_table[] = {
     &driver_raw,    &driver_qcow2,   &driver_vdi,      &driver_file, &driver_host_device,
-    &driver_memory, &driver_null_co, &driver_null_aio, NULL,
+    &driver_memory, &driver_null_co, &driver_null_aio, &driver_nbd,  NULL,
 };
 
 const char *const prealloc_names[] = {"off", "metadata", "falloc", "full", NULL};

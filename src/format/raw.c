@@ -12,6 +12,7 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include "base/bytes.h"
 #include "base/ck.h"
 #include "base/err.h"
 #include "disk/io.h"
@@ -26,6 +27,7 @@ struct raw_opts {
 struct raw_create {
     uint64_t size;
     int preallocation;
+    uint64_t extent_hint;
 };
 
 static uint64_t raw_start(const struct node *n) {
@@ -153,6 +155,8 @@ static const struct opt raw_create_opts[] = {
     OPT_SIZE(struct raw_create, size, "size", OPT_CREATE, 0, OPT_ANY, "size of the disk"),
     OPT_ENUM(struct raw_create, preallocation, "preallocation", OPT_CREATE, PREALLOC_OFF,
              prealloc_names, "off: sparse; falloc: space reserved; full: written with zeros"),
+    OPT_SIZE(struct raw_create, extent_hint, "extent_size_hint", OPT_CREATE, MIB, OPT_ANY,
+             "accepted; the file system decides how it allocates"),
     OPT_END,
 };
 
