@@ -352,7 +352,8 @@ static void put_limits(struct strbuf *b, const struct opt *o) {
         put_number(b, o, o->max);
     }
     bool has_default =
-        o->type == OPT_T_BOOL || o->type == OPT_T_ENUM || (number && (o->def || ranged));
+        o->given == SIZE_MAX &&
+        (o->type == OPT_T_BOOL || o->type == OPT_T_ENUM || (number && (o->def || ranged)));
     if (has_default) {
         strbuf_puts(b, ranged ? "; default " : " (default ");
         if (o->type == OPT_T_BOOL)

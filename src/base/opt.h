@@ -58,9 +58,11 @@ struct opt {
 #define OPT_POW2(lo, hi) .min = (lo), .max = (hi), .pow2 = true
 #define OPT_ANY .min = 0, .max = INT64_MAX
 
-#define OPT_ROW_(strct, field, nm, ty, ctype, wh, hlp)                                             \
+#define OPT_ROW_AT_(strct, field, giv, nm, ty, ctype, wh, hlp)                                     \
     .name = (nm), .type = (ty), .when = (wh), .offset = OPT_FIELD_(strct, field, ctype),           \
-    .given = SIZE_MAX, .help = (hlp)
+    .given = (giv), .help = (hlp)
+#define OPT_ROW_(strct, field, nm, ty, ctype, wh, hlp)                                             \
+    OPT_ROW_AT_(strct, field, SIZE_MAX, nm, ty, ctype, wh, hlp)
 #define OPT_BOOL(strct, field, nm, wh, dflt, hlp)                                                  \
     { OPT_ROW_(strct, field, nm, OPT_T_BOOL, bool, wh, hlp), .def = (dflt) }
 #define OPT_U64(strct, field, nm, wh, dflt, range, hlp)                                            \
@@ -71,6 +73,25 @@ struct opt {
     { OPT_ROW_(strct, field, nm, OPT_T_ENUM, int, wh, hlp), .def = (dflt), .names = (nms) }
 #define OPT_STR(strct, field, nm, wh, hlp)                                                         \
     { OPT_ROW_(strct, field, nm, OPT_T_STR, char *, wh, hlp) }
+/* Rows without a default, for what changes only when it is given: `has` is a bool that says so. */
+#define OPT_GIVEN_BOOL(strct, field, has, nm, wh, hlp)                                             \
+    { OPT_ROW_AT_(strct, field, OPT_FIELD_(strct, has, bool), nm, OPT_T_BOOL, bool, wh, hlp) }
+#define OPT_GIVEN_U64(strct, field, has, nm, wh, range, hlp)                                       \
+    {                                                                                              \
+        OPT_ROW_AT_(strct, field, OPT_FIELD_(strct, has, bool), nm, OPT_T_U64, uint64_t, wh, hlp), \
+            range                                                                                  \
+    }
+#define OPT_GIVEN_SIZE(strct, field, has, nm, wh, range, hlp)                                      \
+    {                                                                                              \
+        OPT_ROW_AT_(strct, field, OPT_FIELD_(strct, has, bool), nm, OPT_T_SIZE, uint64_t, wh,      \
+                    hlp),                                                                          \
+            range                                                                                  \
+    }
+#define OPT_GIVEN_ENUM(strct, field, has, nm, wh, nms, hlp)                                        \
+    {                                                                                              \
+        OPT_ROW_AT_(strct, field, OPT_FIELD_(strct, has, bool), nm, OPT_T_ENUM, int, wh, hlp),     \
+            .names = (nms)                                                                         \
+    }
 #define OPT_CHILD(nm, wh, hlp)                                                                     \
     { .name = (nm), .type = OPT_T_CHILD, .when = (wh), .given = SIZE_MAX, .help = (hlp) }
 #define OPT_END                                                                                    \

@@ -34,7 +34,9 @@
     X(RESIZE_NAMES_L1_EARLY, "the header names a new L1 table before it is stable")                \
     X(HEADER_TORN, "the steps of a header's rewrite have no barriers between them")                \
     X(VDI_COUNT_LAST, "vdi: the header counts a block after the map names it")                     \
-    X(SIZE_BEFORE_ZEROS, "a disk is larger before what lies behind its old end reads as zeros")
+    X(SIZE_BEFORE_ZEROS, "a disk is larger before what lies behind its old end reads as zeros")    \
+    X(COUNTS_NAMED_EARLY, "the header names counts of another width before they are stable")       \
+    X(DOWNGRADE_BEFORE_ZEROS, "the header says version 2 before the zero clusters are data")
 
 #ifdef STRATA_PLANT
 #define PLANT_ENUM_(name, text) PLANT_##name,

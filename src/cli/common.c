@@ -53,6 +53,10 @@ int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *
 int cli_options(struct verb_ctx *ctx, const struct cli_list *list, json_t **out) {
     json_t *tree = json_object();
     for (size_t i = 0; i < list->n; i++) {
+        if (!dialect_option_list_ok(ctx, list->v[i])) {
+            json_decref(tree);
+            return -EINVAL;
+        }
         int rc = opt_parse_keyval(list->v[i], NULL, &tree, &ctx->err);
         if (rc < 0) {
             json_decref(tree);
@@ -87,7 +91,14 @@ int cli_print_create_help(struct verb_ctx *ctx, const char *format) {
     }
     if (!d->create_opts || !d->format->create_co)
         return err_set(&ctx->err, ENOTSUP, "images of format '%s' cannot be created", d->name);
-    printf("Options for creating %s images:\n", d->name);
+    printf(cli_words("Options for creating %s images:\n", "Supported %s options:\n"), d->name);
+    bool file = ctx->pos_n > 0;
+    if (dialect_option_help(d->create_opts, OPT_CREATE, file)) {
+        if (!file)
+            puts("\nThe protocol level may support further options.\n"
+                 "Specify the target filename to include those options.");
+        return 0;
+    }
     opt_print_help(d->create_opts, OPT_CREATE, stdout);
     return 0;
 }

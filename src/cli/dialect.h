@@ -15,6 +15,9 @@
 #include <stdbool.h>
 #include "cli/cli.h"
 
+struct opt;
+struct driver;
+
 /* True once main has found that it was called by a drop-in name. */
 bool dialect_is_qemu(void);
 /* The name in front of messages: "strata", or the drop-in name. */
@@ -68,6 +71,15 @@ int dialect_create_announce(struct verb_ctx *ctx, const struct driver *d, const 
 void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *before);
 /* An option of -o was refused: "Invalid parameter 'x'". */
 int dialect_options_error(struct verb_ctx *ctx);
+/*
+ * Prints an option table in that program's form, with what files have of their own when `file`.
+ * False: we are not called by its name, nothing was printed.
+ */
+bool dialect_option_help(const struct opt *table, unsigned when, bool file);
+/* A text of -o as a whole; false with an error.  Always true under our own name. */
+bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text);
+/* Rewrites the error of amend; `tree`: its -o options. */
+void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const json_t *tree);
 int dialect_bad_size(struct verb_ctx *ctx, const char *text);
 int dialect_bad_number(struct verb_ctx *ctx, const char *what);
 /* A writer took an image for raw because nobody said its format. */

@@ -87,7 +87,7 @@ static void print_line(const char *name, const struct driver *d, const json_t *t
 /* Refused before the line is printed. */
 static bool is_unreadable(const struct err *e) {
     static const char *const texts[] = {"unknown option '",   "is not a size",   "is larger than",
-                                        "expected on or off", "is not a number", NULL};
+                                        "expected on or off", "expected a number", NULL};
     for (int i = 0; texts[i]; i++)
         if (strstr(e->text, texts[i]))
             return true;
@@ -144,7 +144,7 @@ static char *option_reason(const char *text, const char **second) {
     }
     if (strstr(text, "expected on or off"))
         return xasprintf("Parameter '%s' expects 'on' or 'off'", key);
-    if (strstr(text, "is not a number"))
+    if (strstr(text, "expected a number"))
         return xasprintf("Parameter '%s' expects a number", key);
     if (strstr(text, "expected one of") && (why = behind(text, "found '"))) {
         char *value AUTO_FREE = word(why);

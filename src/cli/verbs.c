@@ -3,6 +3,7 @@
 #include <string.h>
 #include "cli/cli.h"
 
+extern const struct verb verb_amend;
 extern const struct verb verb_bench;
 extern const struct verb verb_check;
 extern const struct verb verb_commit;
@@ -31,6 +32,7 @@ const struct verb *const verb_table[] = {
     &verb_commit,
     &verb_rebase,
     &verb_resize,
+    &verb_amend,
     &verb_measure,
     &verb_dd,
     &verb_bench,

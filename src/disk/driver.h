@@ -125,6 +125,17 @@ struct measure_result {
     uint64_t required, fully_allocated;
 };
 
+enum amend_flags {
+    AMEND_SHRINK = 1, /* size= may cut off data */
+    AMEND_FORCE = 2,  /* what loses something that the guest does not see: see the drivers */
+};
+
+struct amend_ctx {
+    unsigned flags;
+    void (*progress)(void *arg, uint64_t done, uint64_t total); /* may be NULL */
+    void *arg;
+};
+
 struct format_ops {
     /*
      * How likely `buf` (the first `len` <= 64 KiB bytes of the storage, zero-filled behind the end)
@@ -206,6 +217,21 @@ struct format_ops {
      */
     int (*empty_co)(struct node *n, struct err *e);
 
+    /*
+     * Changes options of the image that is open.  `amend_opts` is filled from the driver's
+     * amend_opts table, whose rows say what was given: the rest stays as it is.  Called quiesced,
+     * on a read-write node; the caller flushes.  Another size goes through
+     * disk_resize_quiesced_co() at the moment that suits the driver.
+     *
+     * What can be found out without writing is refused before anything has changed (-ENOTSUP,
+     * -EINVAL, -EFBIG).  An error later (-EIO, -ENOSPC) or a crash leaves an image that is in order
+     * and reads the same, leaks at most, in which some of the options have been changed and others
+     * not; the command can be given again.  n->size, n->backing_name ... follow.  NULL: the format
+     * has nothing to amend.
+     */
+    int (*amend_co)(struct node *n, const void *amend_opts, const struct amend_ctx *ctx,
+                    struct err *e);
+
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);
@@ -280,6 +306,8 @@ struct driver {
     size_t opts_size;              /* of the struct they fill: node->opts */
     const struct opt *create_opts; /* rows with OPT_CREATE */
     size_t create_opts_size;
+    const struct opt *amend_opts; /* rows with OPT_AMEND; NULL without amend_co */
+    size_t amend_opts_size;
 
     /* Storage: turns a plain name (prefix included) into option keys of `tree`. NULL: {"filename":
      * name}. */

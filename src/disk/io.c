@@ -207,7 +207,7 @@ static int format_resize_co(struct node *n, uint64_t size, int prealloc, struct 
     return r;
 }
 
-int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+int disk_resize_quiesced_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     if (!node_is_rw(n))
         return err_set(e, EROFS, "the image is open read-only");
     if (size > INT64_MAX)
@@ -215,10 +215,15 @@ int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
                        (unsigned long long)size, (long long)INT64_MAX);
     if (n->drv->format ? !n->drv->format->resize_co : !n->drv->storage->truncate_co)
         return err_set(e, ENOTSUP, "format '%s' cannot change its size", n->drv->name);
-    node_quiesce_co(n);
     int r = n->drv->format ? format_resize_co(n, size, prealloc, e)
                            : n->drv->storage->truncate_co(n, size, prealloc, e);
     n->map_generation++;
+    return r;
+}
+
+int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    node_quiesce_co(n);
+    int r = disk_resize_quiesced_co(n, size, prealloc, e);
     node_resume(n);
     return r;
 }

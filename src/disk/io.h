@@ -81,6 +81,15 @@ int disk_status_co(struct node *n, uint64_t offset, uint64_t length, unsigned st
 void disk_writeback_co(struct node *n);
 
 int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
+/* The same for an amend_co slot, which is inside a quiesce already. */
+int disk_resize_quiesced_co(struct node *n, uint64_t size, int prealloc, struct err *e);
+
+/*
+ * Changes options of an image; `options` is a tree for the driver's amend_opts table (borrowed).
+ * See amend_co in driver.h.  -ENOTSUP: the format has nothing to amend.
+ */
+int disk_amend_co(struct node *n, const json_t *options, const struct amend_ctx *ctx,
+                  struct err *e);
 
 /* Copies inside the storage where both sides are plain data of one driver that can; -ENOTSUP: copy
  * by hand.  `copy_flags`: enum copy_range_flags. */

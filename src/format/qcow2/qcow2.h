@@ -16,6 +16,7 @@
  *      cut.c        dropping all mappings behind an offset
  *      flush.c      the ordered write-back of everything dirty
  *      resize.c     growth, shrinking
+ *      amend.c      other options for an image: version, widths; amend_counts.c, amend_zero.c
  *      check.c codec.c create.c measure.c describe.c
  *
  * Invariants
@@ -288,9 +289,24 @@ int qcow2_empty_co(struct node *n, struct err *e);
 /* ---- resize.c ---- */
 int qcow2_reach_co(struct node *n, uint64_t size, struct err *e);
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
+/* Whether the disk can have this size, in an image of `version`.  -EFBIG, -ENOTSUP. */
+int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, struct err *e);
 /* Gives every unallocated cluster of [offset, +length) room of its own, reading as zeros. */
 int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,
                          struct err *e);
+
+/* ---- amend.c ---- */
+extern const struct opt qcow2_amend_opt_table[];
+struct qcow2_amend_opts {
+    bool has_compat, has_lazy, has_bits, has_size, has_raw;
+    int compat; /* as in struct qcow2_create_opts */
+    bool lazy_refcounts, data_file_raw;
+    uint64_t refcount_bits, size;
+    char *backing_file, *backing_fmt, *data_file; /* NULL: not given */
+    char *encrypt[5];                             /* recognised, and refused */
+};
+int qcow2_amend_co(struct node *n, const void *amend_opts, const struct amend_ctx *ctx,
+                   struct err *e);
 
 /* ---- flush.c ---- */
 int qcow2_flush_co(struct node *n);

@@ -104,14 +104,14 @@ static int grow_l1_co(struct qcow2 *s, uint32_t entries) {
     return 0;
 }
 
-static int check_size(const struct qcow2 *s, uint64_t size, struct err *e) {
+int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, struct err *e) {
     uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size);
     if (entries > QCOW2_L1_BYTES_MAX / 8)
         return err_set(e, EFBIG,
                        "size %" PRIu64 " needs an L1 table of %" PRIu64
                        " entries; with clusters of %" PRIu32 " bytes the limit is %d",
                        size, entries, s->cluster_size, QCOW2_L1_BYTES_MAX / 8);
-    if (s->h.version < 3 && s->h.nb_snapshots)
+    if (version < 3 && s->h.nb_snapshots)
         return err_set(e, ENOTSUP,
                        "a version 2 image with internal snapshots cannot change its size");
     return 0;
@@ -133,7 +133,7 @@ static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
 int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size);
-    int r = check_size(s, align_up(size, 512), e);
+    int r = qcow2_resize_check(s, align_up(size, 512), s->h.version, e);
     if (r < 0 || entries <= s->l1_entries)
         return r;
     r = qcow2_writeback_all_co(s);
@@ -154,7 +154,7 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
     size = align_up(size, 512);
-    int r = check_size(s, size, e);
+    int r = qcow2_resize_check(s, size, s->h.version, e);
     if (!r && size > old)
         r = check_prealloc(s, prealloc, e);
     if (r < 0 || size == old)

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The tables of -o options, and the refusals of amend, in qemu-img's words.
+ *
+ * Its tables are sorted by name, and say the type of a value in their own way; the sentences are
+ * what that program prints (versions 7.2 to 10).  A key that is not listed here is one of ours, and
+ * is not shown.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include "base/err.h"
+#include "base/opt.h"
+#include "base/strbuf.h"
+#include "cli/dialect.h"
+#include "disk/driver.h"
+
+#define SECOND "\001"
+
+/* ---------------------------------------------------------------- tables */
+
+struct row {
+    const char *key, *type, *help;
+};
+#define STR "str"
+#define BOOL "bool (on/off)"
+#define SIZE "size"
+#define NUM "num"
+static const struct row rows[] = {
+    {"backing_file", STR, "File name of a base image"},
+    {"backing_fmt", STR, "Image format of the base image"},
+    {"cluster_size", SIZE, "qcow2 cluster size"},
+    {"compat", STR, "Compatibility level (v2 [0.10] or v3 [1.1])"},
+    {"compression_type", STR, "Compression method used for image cluster compression"},
+    {"data_file", STR, "File name of an external data file"},
+    {"data_file_raw", BOOL, "The external data file must stay valid as a raw image"},
+    {"encrypt.cipher-alg", STR, "Name of encryption cipher algorithm"},
+    {"encrypt.cipher-mode", STR, "Name of encryption cipher mode"},
+    {"encrypt.format", STR, "Encrypt the image, format choices: 'aes', 'luks'"},
+    {"encrypt.hash-alg", STR, "Name of encryption hash algorithm"},
+    {"encrypt.iter-time", NUM, "Time to spend in PBKDF in milliseconds"},
+    {"encrypt.ivgen-alg", STR, "Name of IV generator algorithm"},
+    {"encrypt.ivgen-hash-alg", STR, "Name of IV generator hash algorithm"},
+    {"encrypt.key-secret", STR, "ID of secret providing qcow AES key or LUKS passphrase"},
+    {"encrypt.keyslot", NUM, "Select a single keyslot to modify explicitly"},
+    {"encrypt.new-secret", STR,
+     "New secret to set in the matching keyslots. Empty string to erase"},
+    {"encrypt.old-secret", STR, "Select all keyslots that match this password"},
+    {"encrypt.state", STR, "Select new state of affected keyslots (active/inactive)"},
+    {"encryption", BOOL,
+     "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"},
+    {"extended_l2", BOOL, "Extended L2 tables"},
+    {"extent_size_hint", SIZE, "Extent size hint for the image file, 0 to disable"},
+    {"lazy_refcounts", BOOL, "Postpone refcount updates"},
+    {"nocow", BOOL, "Turn off copy-on-write (valid only on btrfs)"},
+    {"preallocation", STR, "Preallocation mode (allowed values: off, metadata, falloc, full)"},
+    {"refcount_bits", NUM, "Width of a reference count entry in bits"},
+    {"size", SIZE, "Virtual disk size"},
+    {NULL, NULL, NULL},
+};
+
+static bool has_row(const struct opt *table, unsigned when, const char *key) {
+    for (const struct opt *o = table; o && o->name; o++)
+        if (o->when & when && !strcmp(o->name, key))
+            return true;
+    return false;
+}
+
+bool dialect_option_help(const struct opt *table, unsigned when, bool file) {
+    static const char *const of_files[] = {"extent_size_hint", "nocow", "preallocation", NULL};
+    if (!dialect_is_qemu())
+        return false;
+    for (const struct row *r = rows; r->key; r++) {
+        bool shown = has_row(table, when, r->key);
+        /* Of raw images it is the file that knows it. */
+        if (!strcmp(r->key, "preallocation") && !has_row(table, when, "cluster_size"))
+            shown = false;
+        for (int i = 0; file && of_files[i]; i++)
+            shown |= !strcmp(of_files[i], r->key);
+        struct strbuf b AUTO_STRBUF = STRBUF_INIT;
+        strbuf_printf(&b, "  %s=<%s>", r->key, r->type);
+        if (shown)
+            printf("%-24s - %s\n", b.s, r->help);
+    }
+    return true;
+}
+
+bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text) {
+    size_t len = strlen(text), commas = 0;
+    if (!dialect_is_qemu())
+        return true;
+    while (commas < len && text[len - 1 - commas] == ',')
+        commas++;
+    /* Commas in pairs are literal ones. */
+    if (len && commas % 2 == 0 && (text[0] != ',' || text[1] == ','))
+        return true;
+    char *safe AUTO_FREE = cli_safe(text);
+    err_set(&ctx->err, EINVAL, "Invalid option list: %s", safe);
+    return false;
+}
+
+/* ---------------------------------------------------------------- amend */
+
+/* Ours begins or goes on with `mark`; theirs. */
+static const struct {
+    const char *mark, *text, *second;
+} refusals[] = {
+    {"the backing file of an image is not changed", "Cannot amend the backing file",
+     SECOND "You can use 'qemu-img rebase' instead."},
+    {"options of encryption", "Can't amend encryption options - encryption not present", NULL},
+    {"data_file: the image has no",
+     "data-file can only be set for images that use an external data file", NULL},
+    {"data_file_raw cannot be switched on", "data-file-raw cannot be set on existing images", NULL},
+    {"version 2 has 16 bits",
+     "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 "
+     "or greater)",
+     NULL},
+    {"compat=0.10 needs refcount_bits=16", "compat=0.10 requires refcount_bits=16", NULL},
+    {"lazy_refcounts=on needs",
+     "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or "
+     "greater)",
+     NULL},
+    {"which version 2 cannot hold", "Internal snapshots prevent downgrade of image", NULL},
+    {"version 2 has no external data file", "Cannot downgrade an image with a data file", NULL},
+    {"version 2 has no zstd",
+     "Cannot downgrade an image with zstd compression type and existing compressed clusters", NULL},
+    {"option 'refcount_bits': ", "Refcount width must be a power of two and may not exceed 64 bits",
+     NULL},
+    {NULL, NULL, NULL},
+};
+
+static char *with_numbers(const char *text) {
+    unsigned bits;
+    uint64_t offset, count, features;
+    if (sscanf(text,
+               "refcount_bits=%u is too few: the cluster at offset %" SCNu64
+               " has a reference count of %" SCNu64,
+               &bits, &offset, &count) == 3)
+        return xasprintf("Cannot decrease refcount entry width to %u bits: Cluster at offset "
+                         "0x%" PRIx64 " has a refcount of %" PRIu64,
+                         bits, offset, count);
+    if (sscanf(text, "version 2 cannot hold the image's incompatible features 0x%" SCNx64,
+               &features) == 1)
+        return xasprintf("Cannot downgrade an image with incompatible features 0x%" PRIx64 " set",
+                         features);
+    return NULL;
+}
+
+static int put(struct verb_ctx *ctx, const char *text, const char *second) {
+    int code = ctx->err.code;
+    char *copy AUTO_FREE = xstrdup(text);
+    err_clear(&ctx->err);
+    int rc = err_set(&ctx->err, code, "%s", copy);
+    if (second)
+        err_hint(&ctx->err, "%s", second);
+    return rc;
+}
+
+void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const json_t *tree) {
+    char *text AUTO_FREE = xstrdup(err_text(&ctx->err));
+    const char *compat = json_string_value(json_object_get(tree, "compat"));
+    const char *unknown = strstr(text, "unknown option '");
+    char *numbers AUTO_FREE = with_numbers(text);
+    if (numbers) {
+        put(ctx, numbers, NULL);
+        return;
+    }
+    if (compat && strstr(text, "option 'compat'")) {
+        char *words AUTO_FREE = xasprintf("Unknown compatibility level %s", compat);
+        put(ctx, words, NULL);
+        return;
+    }
+    if (unknown) {
+        const char *at = strchr(unknown, '\'') + 1;
+        char *key AUTO_FREE = xstrndup(at, strcspn(at, "'"));
+        char *words AUTO_FREE = xasprintf("Invalid parameter '%s'", key);
+        put(ctx, words,
+            has_row(d->create_opts, OPT_CREATE, key) ? SECOND
+                "This option is only supported for image creation"
+                                                     : NULL);
+        return;
+    }
+    bool number = strstr(text, "expected a number") != NULL;
+    for (int i = 0; refusals[i].mark && !number; i++)
+        if (strstr(text, refusals[i].mark)) {
+            put(ctx, refusals[i].text, refusals[i].second);
+            return;
+        }
+    dialect_options_error(ctx);
+}
