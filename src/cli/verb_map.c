@@ -124,6 +124,7 @@ static struct run run_from_status(const struct status *st, uint64_t start) {
         /* The number of layers that were asked becomes the last one of them. */
         r.depth = st->depth ? st->depth - 1 : 0;
         r.zero = true;
+        r.offset = st->host_offset;
         return r;
     }
     /* Zeros with an offset: in a cluster of data over a hole, or in one marked as zeros. */

@@ -68,6 +68,8 @@ void chain_run_end(struct chain_run *run) {
 int chain_map_co(struct node *n, uint64_t offset, uint64_t length, bool top_only,
                  struct chain_run *out) {
     unsigned depth = 0;
+    struct node *room = NULL; /* of the last layer asked */
+    uint64_t room_offset = 0;
     out->locked = false;
     for (struct node *layer = n; layer; layer = layer->backing, depth++) {
         if (offset >= layer->size) /* behind the end of a short backing */
@@ -87,10 +89,13 @@ int chain_map_co(struct node *n, uint64_t offset, uint64_t length, bool top_only
         if (r < 0)
             return r;
         length = out->ext.length;
+        room = out->ext.storage;
+        room_offset = out->ext.host_offset;
         if (top_only)
             break;
     }
-    out->ext = (struct extent){.length = length, .kind = EXTENT_ZERO};
+    out->ext = (struct extent){
+        .length = length, .kind = EXTENT_ZERO, .storage = room, .host_offset = room_offset};
     out->layer = NULL;
     out->span = length;
     out->depth = depth;
@@ -208,7 +213,7 @@ int disk_status_co(struct node *n, uint64_t offset, uint64_t length, unsigned st
                                .coded = x->kind == EXTENT_CODED};
         out->data = x->kind == EXTENT_DATA || x->kind == EXTENT_CODED ||
                     (x->kind == EXTENT_ZERO && x->flags & EXTENT_ALLOCATED);
-        if (x->kind == EXTENT_DATA || (out->data && out->zero)) {
+        if (x->kind == EXTENT_DATA || (out->data && out->zero) || !run.layer) {
             out->storage = x->storage;
             out->host_offset = x->host_offset;
         }

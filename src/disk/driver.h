@@ -52,7 +52,7 @@ struct extent {
     uint64_t length; /* >= 1 and at most what was asked for */
     enum extent_kind kind;
     unsigned flags;
-    struct node *storage; /* DATA, CODED, and ZERO with EXTENT_ALLOCATED */
+    struct node *storage; /* DATA, CODED, and ZERO with EXTENT_ALLOCATED; a HOLE's room, or NULL */
     uint64_t host_offset;
     /*
      * CODED only.  The whole coded unit covers guest bytes [unit_offset, unit_offset + unit_length)
@@ -170,12 +170,13 @@ struct format_ops {
     void (*abandon)(struct node *n, const struct placement *p);
 
     /*
-     * Make [offset, +length), whole units (or up to the end of disk), read as zeros.  NULL or
-     * -ENOTSUP: the engine writes zeros.  Under an exclusive range lock.
+     * Make [offset, +length), whole subunits (or up to the end of disk), read as zeros.  A range
+     * that begins or ends inside a unit stays inside that one.  NULL or -ENOTSUP: the engine writes
+     * zeros.  Under an exclusive range lock on whole units.
      */
     int (*set_zero_co)(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
     /*
-     * Drop whole units.  They may read as anything old or zeros afterwards, never as other data; a
+     * Drop whole subunits.  They may read as anything old or zeros afterwards, never as other data; a
      * format with a layer below must not let old backing content shine through (it sets zero
      * instead).  NULL: nothing happens.
      */

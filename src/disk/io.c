@@ -66,19 +66,36 @@ static int zero_part_co(struct node *n, uint64_t offset, uint64_t length, unsign
     return zero_flags & ZERO_NO_FALLBACK ? -ENOTSUP : write_zeros_co(n, offset, length);
 }
 
+/*
+ * Whole subunits.  Parts of units go by themselves: what a format cannot do there must not make
+ * data of the units beside them.
+ */
+static int zero_subunits_co(struct node *n, uint64_t low, uint64_t high, unsigned zero_flags) {
+    uint64_t unit = n->granularity;
+    int r = 0;
+    while (!r && low < high) {
+        uint64_t end = high == n->size ? high : align_down(high, unit);
+        if (!is_aligned(low, unit) || end <= low)
+            end = min_u64(high, align_down(low, unit) + unit);
+        r = n->drv->format->set_zero_co
+                ? n->drv->format->set_zero_co(n, low, end - low, zero_flags & ~ZERO_FUA)
+                : -ENOTSUP;
+        n->map_generation++;
+        if (r == -ENOTSUP)
+            r = zero_part_co(n, low, end - low, zero_flags);
+        low = end;
+    }
+    return r;
+}
+
 static int format_zero_step_co(struct node *n, uint64_t offset, uint64_t length,
                                unsigned zero_flags) {
-    uint64_t unit = n->granularity, end = offset + length;
+    uint64_t unit = node_subunit(n), end = offset + length;
     uint64_t low = align_up(offset, unit);
     uint64_t high = end == n->size ? end : align_down(end, unit);
     if (low >= high)
         return zero_part_co(n, offset, length, zero_flags);
-    int r = n->drv->format->set_zero_co
-                ? n->drv->format->set_zero_co(n, low, high - low, zero_flags & ~ZERO_FUA)
-                : -ENOTSUP;
-    n->map_generation++;
-    if (r == -ENOTSUP)
-        r = zero_part_co(n, low, high - low, zero_flags);
+    int r = zero_subunits_co(n, low, high, zero_flags);
     if (!r)
         r = zero_part_co(n, offset, low - offset, zero_flags);
     if (!r)
@@ -125,7 +142,7 @@ int disk_discard_co(struct node *n, uint64_t offset, uint64_t length) {
         return -EROFS;
     if (length > INT64_MAX || offset > INT64_MAX - length)
         return -EINVAL;
-    uint64_t unit = n->drv->format ? n->granularity : n->request_align;
+    uint64_t unit = n->drv->format ? node_subunit(n) : n->request_align;
     uint64_t low = align_up(offset, unit), end = offset + length;
     node_enter_co(n);
     uint64_t high = n->drv->format && end == n->size ? end : align_down(end, unit);
@@ -137,7 +154,9 @@ int disk_discard_co(struct node *n, uint64_t offset, uint64_t length) {
                 r = n->drv->storage->discard_co(n, low, step);
         } else if (n->drv->format->discard_co) {
             struct range_req lock;
-            range_lock_co(&n->locks, &lock, low, align_up(step, unit), true);
+            uint64_t from = align_down(low, n->granularity);
+            range_lock_co(&n->locks, &lock, from, align_up(low + step, n->granularity) - from,
+                          true);
             r = n->drv->format->discard_co(n, low, step);
             n->map_generation++;
             range_unlock(&n->locks, &lock);

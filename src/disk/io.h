@@ -67,7 +67,9 @@ struct status {
     unsigned depth;
     bool present;
     struct node *layer;   /* the node that answered; NULL when not present */
-    struct node *storage; /* DATA: where the bytes lie, else NULL */
+    /* DATA and allocated zeros: where the bytes lie; not present: the room of the last layer; else
+     * NULL. */
+    struct node *storage;
     uint64_t host_offset;
 };
 enum status_flags {

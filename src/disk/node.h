@@ -72,7 +72,9 @@ struct node {
     void *opts;  /* drv->opts_size bytes, filled from the option tree */
 
     uint64_t size;        /* guest-visible bytes */
-    uint32_t granularity; /* format: unit of place, set_zero, discard (cluster); storage: 1 */
+    uint32_t granularity; /* format: unit of place, locks and codes (cluster); storage: 1 */
+    uint32_t subunit;     /* format: unit of set_zero, discard and copy on write, a divisor of
+                             granularity; 0: the same */
     uint32_t
         request_align; /* storage: offset, length and memory must be multiples (O_DIRECT), else 1 */
     unsigned storage_flags;    /* enum storage_kind_flags */
@@ -94,6 +96,9 @@ struct node {
 
 static inline bool node_is_rw(const struct node *n) {
     return n->flags & NODE_RW;
+}
+static inline uint32_t node_subunit(const struct node *n) {
+    return n->subunit ? n->subunit : n->granularity;
 }
 struct node *node_ref(struct node *n);
 /* Drops a reference; the last one flushes (errors are lost here: who cares flushes first), closes

@@ -114,7 +114,7 @@ def test_unsafe_records_a_backing_file_that_is_not_there(run, tmp_path):
     (["-o", "cluster_size=4M", "a", "1M"],
      "option 'cluster_size': 4194304 is not between 512 B and 2 MiB"),
     (["-o", "refcount_bits=3", "a", "1M"], "option 'refcount_bits': 3 is not a power of two"),
-    (["-o", "extended_l2=on", "a", "1M"], "extended_l2"),
+    (["-o", "extended_l2=on,cluster_size=4k", "a", "1M"], "extended_l2"),
     (["-o", "compat=0.10,lazy_refcounts=on", "a", "1M"], "lazy_refcounts"),
     (["-o", "cluster_size=512", "a", "8000T"], "a"),
 ])

@@ -235,10 +235,9 @@ def test_a_feature_name_cannot_drive_the_terminal(strict, make, name):
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("what, words", [
     ((72, struct.pack(">Q", 1 << 2)), "external data file"),
-    ((72, struct.pack(">Q", 1 << 4)), "extended L2"),
     ((32, struct.pack(">I", 1)), "AES"),
     ((32, struct.pack(">I", 2)), "LUKS"),
-], ids=["data-file", "extended-l2", "aes", "luks"])
+], ids=["data-file", "aes", "luks"])
 def test_what_is_not_supported_yet_is_said(strict, make, verb, what, words):
     path = make()
     patch(path, *what)

@@ -19,6 +19,8 @@ SHAPES = {
     "4k-bits8": (8 * MIB, "cluster_size=4k,refcount_bits=8"),
     "512-bits64": (6 * MIB, "cluster_size=512,refcount_bits=64"),
     "64k-zstd": (24 * MIB, "cluster_size=64k,compression_type=zstd"),
+    "16k-extended": (8 * MIB + 512, "cluster_size=16k,extended_l2=on"),
+    "64k-extended": (24 * MIB, "cluster_size=64k,extended_l2=on"),
     "64k-v2": (24 * MIB, "cluster_size=64k,compat=0.10"),
 }
 
@@ -37,7 +39,7 @@ def test_random_turns_of_strata_and_qemu_io_agree_with_the_model(run, peer, stra
     play(run, peer, strata, tmp_path, image, Model(size, cluster_of(options), seed))
 
 
-@pytest.mark.parametrize("shape", ["4k", "64k", "64k-v2"])
+@pytest.mark.parametrize("shape", ["4k", "64k", "16k-extended", "64k-v2"])
 def test_random_turns_over_a_shorter_backing_file_agree_with_the_model(run, peer, strata, tmp_path,
                                                                        shape, seed):
     size, options = SHAPES[shape]

@@ -71,7 +71,6 @@ def test_a_running_qemus_lazy_refcounts_leave_an_image_for_reading(peer, io, tmp
 
 
 @pytest.mark.parametrize("options,text", [
-    ("extended_l2=on", "extended L2 entries"),
     ("data_file=FILE", "external data file"),
     ("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "LUKS"),
 ])

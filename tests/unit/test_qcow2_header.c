@@ -366,8 +366,10 @@ static void features_are_refused_by_name(void **state) {
     judged(qcow2_header_check_features(&f->h, false, false, &f->e), ENOTSUP, &f->e,
            "external data file");
     f->h.incompatible = QCOW2_INCOMPAT_EXTENDED_L2;
-    judged(qcow2_header_check_features(&f->h, false, false, &f->e), ENOTSUP, &f->e,
-           "extended L2 entries");
+    f->h.cluster_bits = 13;
+    judged(qcow2_header_check_features(&f->h, false, false, &f->e), EINVAL, &f->e,
+           "cluster_bits 13 is below 14, the least with extended L2 entries");
+    f->h.cluster_bits = 16;
     f->h.incompatible = (uint64_t)1 << 63;
     judged(qcow2_header_check_features(&f->h, false, true, &f->e), ENOTSUP, &f->e,
            "feature bit 63 is not supported: unknown feature 63");

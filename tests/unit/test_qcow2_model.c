@@ -515,6 +515,7 @@ static struct node *make_image(const struct shape *sh) {
     assert_int_equal(e.code, 0);
     json_decref(options);
     disk_sync_co(file);
+    ((struct disk *)file->state)->stable_size = file->size; /* room given ahead is a length only */
     return file;
 }
 
@@ -899,6 +900,17 @@ SHAPE(tables_that_grow, .options = CLUSTERS(512, BITS(64)), .size = 12 * MIB, .t
       .ops = 800, .cuts = 30, .longest = 16 * KIB)
 SHAPE(a_layer_below, .options = CLUSTERS(4096, ""), .size = 4 * MIB, .tasks = 5, .ops = 300,
       .cuts = 20, .backing = true)
+#define SUBCLUSTERS ", \"extended_l2\": true"
+SHAPE(subclusters_of_512, .options = CLUSTERS(16384, SUBCLUSTERS), .size = 4 * MIB, .tasks = 5,
+      .ops = 300, .cuts = 30, .longest = 64 * KIB)
+SHAPE(subclusters_over_a_layer, .options = CLUSTERS(16384, SUBCLUSTERS), .size = 4 * MIB + 512,
+      .tasks = 5, .ops = 300, .cuts = 20, .backing = true, .longest = 64 * KIB)
+SHAPE(subclusters_in_room_given_ahead,
+      .options = CLUSTERS(65536, SUBCLUSTERS ", \"preallocation\": \"metadata\""), .size = 4 * MIB,
+      .tasks = 5, .ops = 300, .cuts = 10, .longest = 64 * KIB)
+SHAPE(subclusters_on_storage_that_fails, .options = CLUSTERS(16384, SUBCLUSTERS BITS(8)),
+      .size = 4 * MIB, .tasks = 5, .ops = 400, .cuts = 10, .fail_one_in = 40, .longest = 64 * KIB,
+      .backing = true)
 SHAPE(version_2, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5, .ops = 300, .cuts = 20)
 SHAPE(version_2_and_a_layer_below, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5,
       .ops = 300, .cuts = 20, .backing = true)
@@ -939,6 +951,10 @@ int main(void) {
         cmocka_unit_test(counts_of_64_bits),
         cmocka_unit_test(tables_that_grow),
         cmocka_unit_test(a_layer_below),
+        cmocka_unit_test(subclusters_of_512),
+        cmocka_unit_test(subclusters_over_a_layer),
+        cmocka_unit_test(subclusters_in_room_given_ahead),
+        cmocka_unit_test(subclusters_on_storage_that_fails),
         cmocka_unit_test(version_2),
         cmocka_unit_test(version_2_and_a_layer_below),
         cmocka_unit_test(thrown_away),

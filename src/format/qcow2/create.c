@@ -8,7 +8,8 @@
  *
  * Where storage reads as zeros by itself, runs of zeros inside the tables are left out.  Where it
  * does not (block devices) they are written, and preallocated clusters carry the zero flag in
- * version 3, while version 2 has no such flag and its data are zeroed for real.
+ * version 3, while version 2 has no such flag and its data are zeroed for real.  Extended entries
+ * give their clusters room without content, over which a backing file still shows.
  *
  * The header is the last write (and on storage that held something before, its place is cleared
  * first), so that a crash halfway leaves nothing that looks like an image.
@@ -56,7 +57,7 @@ const struct opt qcow2_create_opt_table[] = {
     OPT_BOOL(struct qcow2_create_opts, lazy_refcounts, "lazy_refcounts", OPT_CREATE, false,
              "reference counts may be written late"),
     OPT_BOOL(struct qcow2_create_opts, extended_l2, "extended_l2", OPT_CREATE, false,
-             "subclusters" REFUSED),
+             "32 subclusters in each cluster"),
     OPT_STR(struct qcow2_create_opts, data_file, "data_file", OPT_CREATE,
             "external data file" REFUSED),
     OPT_BOOL(struct qcow2_create_opts, data_file_raw, "data_file_raw", OPT_CREATE, false,
@@ -77,8 +78,6 @@ const struct opt qcow2_create_opt_table[] = {
 /* ---- rules between options ---- */
 
 static int refuse_unsupported(const struct qcow2_create_opts *o, struct err *e) {
-    if (o->extended_l2)
-        return err_set(e, ENOTSUP, "extended_l2 is not yet supported");
     if (o->data_file || o->data_file_raw)
         return err_set(e, ENOTSUP, "an external data file (data_file) is not yet supported");
     bool encrypt = o->encryption;
@@ -100,6 +99,12 @@ static int check_rules(const struct qcow2_create_opts *o, struct err *e) {
                        compression_names[o->compression_type]);
     if (v2 && o->lazy_refcounts)
         return err_set(e, EINVAL, "lazy_refcounts=on needs compat=1.1");
+    if (v2 && o->extended_l2)
+        return err_set(e, EINVAL, "extended_l2=on needs compat=1.1");
+    if (o->extended_l2 && o->cluster_size < 1u << QCOW2_EXTENDED_BITS_MIN)
+        return err_set(e, EINVAL,
+                       "extended_l2=on needs clusters of at least %u bytes, not %" PRIu64,
+                       1u << QCOW2_EXTENDED_BITS_MIN, o->cluster_size);
     if (o->backing_fmt && !o->backing_file)
         return err_set(e, EINVAL, "backing_fmt=%s is given without backing_file", o->backing_fmt);
     if (o->backing_file && !*o->backing_file)
@@ -110,10 +115,12 @@ static int check_rules(const struct qcow2_create_opts *o, struct err *e) {
     if (o->backing_fmt && strlen(o->backing_fmt) > 255)
         return err_set(e, EINVAL, "backing format name has %zu bytes, more than 255",
                        strlen(o->backing_fmt));
-    if (o->backing_file && o->preallocation != PREALLOC_OFF)
-        return err_set(e, EINVAL,
-                       "preallocation=%s would hide the backing file: use preallocation=off",
-                       prealloc_names[o->preallocation]);
+    if (o->backing_file && o->preallocation != PREALLOC_OFF && !o->extended_l2) {
+        err_set(e, EINVAL, "preallocation=%s would hide the backing file: use preallocation=off",
+                prealloc_names[o->preallocation]);
+        err_hint(e, "with extended_l2=on room can be given ahead and the backing file still shows");
+        return -EINVAL;
+    }
     if (o->size > INT64_MAX - 511)
         return err_set(e, EFBIG, "size %" PRIu64 " is above the limit of %" PRIu64, o->size,
                        (uint64_t)INT64_MAX - 511);
@@ -224,6 +231,27 @@ static int stream_ones_co(struct stream *s, uint64_t count, uint32_t order) {
     return 0;
 }
 
+/* L2 entries for all data clusters.  Extended ones give room alone: no subcluster is allocated. */
+static int stream_l2_co(struct stream *s, const struct qcow2_layout *l, uint64_t l2_flags) {
+    uint64_t count = l->data_clusters, cluster = (uint64_t)1 << l->cluster_bits;
+    uint64_t entry = qcow2_layout_data(l) | l2_flags;
+    if (!l->extended_l2)
+        return stream_entries_co(s, count, entry, cluster);
+    while (count) {
+        uint8_t *at;
+        uint32_t got;
+        int r = stream_room_co(s, min_u64(count, STREAM_BYTES / 16) * 16, &at, &got);
+        if (r)
+            return r;
+        for (uint32_t i = 0; i < got; i += 16, entry += cluster) {
+            be64_store(at + i, entry);
+            be64_store(at + i + 8, 0);
+        }
+        count -= got / 16;
+    }
+    return 0;
+}
+
 static int write_tables_co(struct stream *s, const struct qcow2_layout *l, uint64_t l2_flags) {
     uint64_t cluster = (uint64_t)1 << l->cluster_bits;
     s->pos = qcow2_layout_reftable(l);
@@ -239,7 +267,7 @@ static int write_tables_co(struct stream *s, const struct qcow2_layout *l, uint6
         if (!r)
             r = stream_zeros_to_co(s, qcow2_layout_l2(l));
         if (!r)
-            r = stream_entries_co(s, l->data_clusters, qcow2_layout_data(l) | l2_flags, cluster);
+            r = stream_l2_co(s, l, l2_flags);
         if (!r)
             r = stream_zeros_to_co(s, qcow2_layout_data(l));
     } else if (!r) {
@@ -286,6 +314,8 @@ static int write_header_co(struct node *file, const struct qcow2_create_opts *o,
         h.header_length = QCOW2_V2_LENGTH;
     if (h.compression_type != QCOW2_COMPRESSION_ZLIB)
         h.incompatible |= QCOW2_INCOMPAT_COMPRESSION;
+    if (o->extended_l2)
+        h.incompatible |= QCOW2_INCOMPAT_EXTENDED_L2;
     if (o->lazy_refcounts)
         h.compatible |= QCOW2_COMPAT_LAZY_REFCOUNTS;
     if (h.version >= 3 && cluster > 4 * KIB)
@@ -321,13 +351,14 @@ int qcow2_create_co(struct node *file, const void *create_opts, struct create_ct
 
     bool zero_init = file->storage_flags & STORAGE_ZERO_INIT;
     bool v2 = o->compat == COMPAT_0_10 || o->compat == COMPAT_V2;
-    bool zero_data = !zero_init && (v2 || o->preallocation == PREALLOC_FULL);
+    bool zero_data = !zero_init && !l.extended_l2 && (v2 || o->preallocation == PREALLOC_FULL);
     if (!zero_init && (r = disk_zero_co(file, 0, min_u64(file->size, 4 * KIB), 0)))
         return err_errno(e, -r, "clearing the old header");
     struct stream s = {.file = file, .buf = buf_get(STREAM_BYTES), .skip_zeros = zero_init};
     if (!s.buf)
         return err_set(e, ENOMEM, "no memory for creating the image");
-    r = write_tables_co(&s, &l, QCOW2_COPIED | (zero_init || zero_data ? 0 : QCOW2_ZERO));
+    r = write_tables_co(&s, &l,
+                        QCOW2_COPIED | (zero_init || zero_data || l.extended_l2 ? 0 : QCOW2_ZERO));
     buf_put(s.buf, STREAM_BYTES);
     if (!r && zero_data && l.data_clusters)
         r = disk_zero_co(file, qcow2_layout_data(&l), l.data_clusters << l.cluster_bits, 0);

@@ -506,8 +506,10 @@ int qcow2_header_check_features(const struct qcow2_header *h, bool rw, bool chec
     }
     if (h->incompatible & QCOW2_INCOMPAT_DATA_FILE)
         return err_set(e, ENOTSUP, "an external data file is not supported");
-    if (h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2)
-        return err_set(e, ENOTSUP, "extended L2 entries (subclusters) are not supported");
+    if (qcow2_header_extended(h) && h->cluster_bits < QCOW2_EXTENDED_BITS_MIN)
+        return err_set(e, EINVAL,
+                       "cluster_bits %" PRIu32 " is below %d, the least with extended L2 entries",
+                       h->cluster_bits, QCOW2_EXTENDED_BITS_MIN);
     if (h->crypt_method)
         return err_set(e, ENOTSUP, "encryption is not supported: the image uses %s",
                        h->crypt_method == QCOW2_CRYPT_AES ? "AES-CBC" : "LUKS");

@@ -75,26 +75,27 @@ struct run {
     bool watch; /* stop before host clusters that hold metadata */
 };
 
-/* For a map, room without content is a hole. */
-static enum qcow2_cluster_kind shown_kind(enum qcow2_cluster_kind kind) {
-    return kind == QCOW2_CLUSTER_ROOM ? QCOW2_CLUSTER_NONE : kind;
-}
-
 /* How many subclusters from `sub` of an entry are of the kind of that one. */
 static uint32_t sub_run(struct qcow2_l2e e, uint32_t sub, enum qcow2_cluster_kind kind) {
     uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
-    uint32_t same = kind == QCOW2_CLUSTER_DATA   ? data
-                    : kind == QCOW2_CLUSTER_NONE ? ~(data | zero)
-                                                 : zero;
+    uint32_t same = kind == QCOW2_CLUSTER_DATA                                 ? data
+                    : kind == QCOW2_CLUSTER_NONE || kind == QCOW2_CLUSTER_ROOM ? ~(data | zero)
+                                                                               : zero;
     uint32_t other = ~same >> sub;
     return other ? (uint32_t)__builtin_ctz(other) : QCOW2_SUBCLUSTERS - sub;
+}
+
+/* Kinds with a host cluster. */
+static bool is_located(enum qcow2_cluster_kind kind) {
+    return kind == QCOW2_CLUSTER_DATA || kind == QCOW2_CLUSTER_ZERO_ALLOC ||
+           kind == QCOW2_CLUSTER_ROOM;
 }
 
 /* Grows the run over one extended entry from subcluster `sub`; false: it ended inside. */
 static bool run_over_subs(const struct qcow2 *s, struct qcow2_l2e e, uint32_t sub,
                           struct run *run) {
-    bool located = run->kind == QCOW2_CLUSTER_DATA || run->kind == QCOW2_CLUSTER_ZERO_ALLOC;
-    if (e.value & QCOW2_COMPRESSED || shown_kind(qcow2_l2_kind(s, e, sub)) != run->kind)
+    bool located = is_located(run->kind);
+    if (e.value & QCOW2_COMPRESSED || qcow2_l2_kind(s, e, sub) != run->kind)
         return false;
     if (located && (e.value & run->mask) + ((uint64_t)sub << s->sub_bits) != run->want)
         return false;
@@ -195,8 +196,8 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
                       .end = offset + length,
                       .want = e.value & RUN_MASK,
                       .mask = RUN_MASK,
-                      .kind = shown_kind(qcow2_l2_kind(s, e, qcow2_sub_index(s, offset)))};
-    bool located = false, in_place;
+                      .kind = qcow2_l2_kind(s, e, qcow2_sub_index(s, offset))};
+    bool in_place;
     *out = (struct extent){0};
     switch (run.kind) {
     case QCOW2_CLUSTER_BAD:
@@ -215,11 +216,9 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
     case QCOW2_CLUSTER_ZERO_ALLOC:
         out->kind = EXTENT_ZERO;
         out->flags = EXTENT_ALLOCATED;
-        located = true;
         break;
     case QCOW2_CLUSTER_DATA:
         out->kind = EXTENT_DATA;
-        located = true;
         in_place = node_is_rw(n) && e.value & QCOW2_COPIED;
         /* Whatever an entry says, guest data is not written over metadata. */
         run.watch = in_place && (s->usual || !qcow2_data_apart(s));
@@ -228,7 +227,7 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
         out->flags = in_place ? EXTENT_IN_PLACE : 0;
         break;
     }
-    if (located) {
+    if (is_located(run.kind)) {
         if (!s->usual && qcow2_data_apart(s) &&
             host != offset - in_cluster) /* the data file's one rule */
             return -EIO;

@@ -239,6 +239,7 @@ static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         return r;
     n->size = s->h.size;
     n->granularity = s->cluster_size;
+    n->subunit = (uint32_t)1 << s->sub_bits;
     n->codec =
         s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &qcow2_codec_zstd : &qcow2_codec_deflate;
     if (s->h.backing_file)

@@ -143,7 +143,7 @@ int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
 }
 
 static int check_prealloc(const struct qcow2 *s, int prealloc, struct err *e) {
-    if (prealloc == PREALLOC_OFF || !qcow2_has_backing(s))
+    if (prealloc == PREALLOC_OFF || !qcow2_has_backing(s) || qcow2_extended(s))
         return 0;
     return err_set(e, ENOTSUP,
                    "room cannot be given ahead in an image with a backing file: it would hide the "
@@ -184,7 +184,9 @@ static int preallocate_run_co(struct node *n, struct placement *p, int prealloc,
     if (host + bytes > s->file->size)
         r = disk_resize_co(s->file, host + bytes,
                            prealloc == PREALLOC_METADATA ? PREALLOC_OFF : prealloc, e);
-    if (!r && !p->reads_zero && (r = disk_zero_co(s->file, host, bytes, 0)) < 0)
+    /* Room without content is not read. */
+    if (!r && !p->reads_zero && !qcow2_extended(s) &&
+        (r = disk_zero_co(s->file, host, bytes, 0)) < 0)
         err_errno(e, -r, "zeroing %" PRIu64 " bytes at %" PRIu64, bytes, host);
     if (r < 0) {
         qcow2_abandon(n, p);
