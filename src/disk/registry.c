@@ -1,16 +1,29 @@
 /* SPDX-License-Identifier: MIT */
-/* The one table of drivers.  A new driver is one declaration and one line. */
+/* The one table of drivers.  A new driver is one line. */
 #include <string.h>
 
 #include "disk/driver.h"
 
-extern const struct driver driver_file, driver_host_device, driver_memory, driver_null_co,
-    driver_null_aio, driver_nbd, driver_raw, driver_qcow2, driver_vdi;
+/* One a line, in the order of probing and of the tables that users see. */
+#define DRIVERS(X)                                                                                 \
+    X(raw)                                                                                         \
+    X(qcow2)                                                                                       \
+    X(vdi)                                                                                         \
+    X(qed)                                                                                         \
+    X(file)                                                                                        \
+    X(host_device)                                                                                 \
+    X(memory)                                                                                      \
+    X(nbd)                                                                                         \
+    X(null_co)                                                                                     \
+    X(null_aio)
 
-const struct driver *const driver_table[] = {
-    &driver_raw,    &driver_qcow2,   &driver_vdi,      &driver_file, &driver_host_device,
-    &driver_memory, &driver_null_co, &driver_null_aio, &driver_nbd,  NULL,
-};
+#define DRIVER_DECLARE(name) extern const struct driver driver_##name;
+DRIVERS(DRIVER_DECLARE)
+#undef DRIVER_DECLARE
+
+#define DRIVER_ENTRY(name) &driver_##name,
+const struct driver *const driver_table[] = {DRIVERS(DRIVER_ENTRY) NULL};
+#undef DRIVER_ENTRY
 
 const char *const prealloc_names[] = {"off", "metadata", "falloc", "full", NULL};
 

@@ -99,6 +99,18 @@ static struct page *add(struct pages *p, uint64_t host, uint32_t length, unsigne
     return page;
 }
 
+int pages_forget_all(struct pages *p) {
+    for (uint32_t i = 0; i < p->count; i++)
+        if (p->all[i]->dirty || p->all[i]->writing || p->all[i]->loading || p->all[i]->waiters)
+            return -EBUSY;
+    while (p->count) {
+        struct page *page = p->all[p->count - 1];
+        remove_page(p, page);
+        free(page);
+    }
+    return 0;
+}
+
 int pages_get_co(struct pages *p, uint64_t host, uint32_t length, unsigned level,
                  struct page **out) {
     struct page *page;

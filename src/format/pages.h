@@ -67,6 +67,10 @@ int pages_init(struct pages *p, struct node *storage, size_t bytes);
 /* Dirty pages are lost: write back first.  Accepts zeroed pages. */
 void pages_free(struct pages *p);
 
+/* Drops all pages, none of which may be dirty or in use: the tables are cut otherwise from now on.
+ * -EBUSY. */
+int pages_forget_all(struct pages *p);
+
 /* The page at `host`, read when it is not here.  -EIO, -ENOMEM. */
 int pages_get_co(struct pages *p, uint64_t host, uint32_t length, unsigned level,
                  struct page **out);

@@ -311,7 +311,8 @@ static bool is_direct(struct node *n) {
 
 static void plan(struct copy_job *j) {
     const struct copy_opts *o = j->opts;
-    uint32_t gran = j->dst->granularity ? j->dst->granularity : 1;
+    /* A unit larger than a window is written by several: the first makes its room. */
+    uint32_t gran = (uint32_t)min_u64(max_u64(j->dst->granularity, 1), COPY_CHUNK_MAX);
     j->unit = o->compress ? gran : max_u64(gran, 4096);
     j->chunk = max_u64(align_down(COPY_CHUNK, j->unit), j->unit);
     if (o->sparse_bytes) {
@@ -398,9 +399,9 @@ static int check_request(struct copy_job *j) {
     if (j->opts->compress && !dst->codec)
         return err_set(j->e, ENOTSUP, "%s: format %s cannot hold compressed data", dst->filename,
                        dst->drv->name);
-    if (dst->granularity > COPY_CHUNK_MAX)
-        return err_set(j->e, ENOTSUP, "%s: units of %u bytes are larger than %u", dst->filename,
-                       dst->granularity, COPY_CHUNK_MAX);
+    if (j->opts->compress && dst->granularity > COPY_CHUNK_MAX)
+        return err_set(j->e, ENOTSUP, "%s: compressed units of %u bytes are larger than %u",
+                       dst->filename, dst->granularity, COPY_CHUNK_MAX);
     return 0;
 }
 

@@ -18,6 +18,7 @@ class Shape:
     peer_writes: bool = True
     backing: bool = False   # may have a backing file
     exact: bool = True      # any size in sectors is kept
+    size: int = 21 * MIB    # of the disks that tests make
 
     def __str__(self):
         return "-".join(filter(None, [self.fmt, self.options.replace("=", "_")]))
@@ -27,4 +28,12 @@ SHAPES = [
     Shape("vdi"),
     Shape("vdi", "static=on", "static=on"),
     Shape("vdi", "block_size=64k", None, peer_writes=False, checked=False),
+    Shape("qed", backing=True),
+    # Beyond 16 MiB of such clusters qemu-img finds leaks in what it wrote itself.
+    Shape("qed", "cluster_size=4k,table_size=2", "cluster_size=4k,table_size=2", backing=True,
+          size=9 * MIB),
+    Shape("qed", "cluster_size=1M,table_size=2", "cluster_size=1M,table_size=2"),
+    # qemu-img refuses its own images with tables of one cluster, and overflows with these sizes.
+    Shape("qed", "cluster_size=4k,table_size=1", None, peer_writes=False),
+    Shape("qed", "cluster_size=4M,table_size=16", None, peer_writes=False),
 ]

@@ -9,11 +9,11 @@
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "disk/io.h"
+#include "format/seen.h"
 #include "format/vdi/vdi.h"
 
 #define PIECE ((uint32_t)MIB)
@@ -34,33 +34,34 @@ static void problem(struct check_result *r, bool leak, const char *fmt, ...) {
 struct walk {
     struct vdi *s;
     struct check_result *r;
-    uint64_t *seen; /* one bit a block that the file holds */
-    uint64_t in_file;
+    struct seen seen; /* blocks that the file holds */
     uint32_t highest; /* one above the highest index named */
 };
 
-static void check_entry(struct walk *w, uint32_t block, uint32_t index) {
+static int check_entry(struct walk *w, uint32_t block, uint32_t index) {
     if (index >= VDI_ZERO)
-        return;
-    if (index >= w->in_file) {
+        return 0;
+    if (index >= w->seen.units) {
         w->r->corruptions++;
         problem(w->r, false,
                 "map entry %" PRIu32 " names block %" PRIu32 ", the file holds %" PRIu64, block,
-                index, w->in_file);
-        return;
+                index, w->seen.units);
+        return 0;
     }
-    uint64_t bit = UINT64_C(1) << (index & 63);
-    if (w->seen[index >> 6] & bit) {
+    int met = seen_add(&w->seen, index);
+    if (met < 0)
+        return met;
+    if (met) {
         w->r->corruptions++;
         problem(w->r, false,
                 "map entry %" PRIu32 " names block %" PRIu32 ", which another entry names too",
                 block, index);
-        return;
+        return 0;
     }
-    w->seen[index >> 6] |= bit;
     w->r->allocated_clusters++;
     if (index + 1 > w->highest)
         w->highest = index + 1;
+    return 0;
 }
 
 static int walk_map_co(struct walk *w) {
@@ -71,7 +72,7 @@ static int walk_map_co(struct walk *w) {
         uint32_t count = (uint32_t)min_u64(PIECE / 4, h->blocks - block);
         r = disk_pread_co(w->s->file, h->map_offset + (uint64_t)block * 4, buf, count * 4);
         for (uint32_t i = 0; !r && i < count; i++)
-            check_entry(w, block + i, le32_load(buf + i * 4));
+            r = check_entry(w, block + i, le32_load(buf + i * 4));
         block += count;
         if (w->r->progress)
             w->r->progress(w->r->arg, block, h->blocks);
@@ -83,13 +84,12 @@ static int walk_map_co(struct walk *w) {
 int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
     struct vdi *s = vdi_of(n);
     uint64_t room = s->file->size > s->h.data_offset ? s->file->size - s->h.data_offset : 0;
-    struct walk w = {
-        .s = s,
-        .r = r,
-        .in_file = min_u64(div_up(room, (uint64_t)s->h.block_size + s->h.extra), VDI_BLOCKS_MAX)};
-    w.seen = calloc(w.in_file / 64 + 1, sizeof(uint64_t));
-    int rc = w.seen ? walk_map_co(&w) : -ENOMEM;
-    free(w.seen);
+    struct walk w = {.s = s, .r = r};
+    int rc = seen_init(
+        &w.seen, min_u64(div_up(room, (uint64_t)s->h.block_size + s->h.extra), VDI_BLOCKS_MAX));
+    if (!rc)
+        rc = walk_map_co(&w);
+    seen_free(&w.seen);
     if (rc < 0)
         return err_errno(e, -rc, "reading the block map");
     r->total_clusters = s->h.blocks;

@@ -134,16 +134,13 @@ int vdi_measure(const void *create_opts, uint64_t size, uint64_t data, struct me
     return 0;
 }
 
-int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+/* Map entries for the new blocks, free; the header does not count them yet. */
+int vdi_reach_co(struct node *n, uint64_t size, struct err *e) {
     struct vdi *s = vdi_of(n);
     uint64_t blocks = div_up(size, s->h.block_size);
     uint64_t room = (s->h.data_offset - s->h.map_offset) / 4;
-    if (prealloc != PREALLOC_OFF)
-        return err_set(e, ENOTSUP, "a VDI image grows without preallocation only");
     if (size % 512)
         return err_set(e, EINVAL, "size %" PRIu64 " is not a multiple of 512", size);
-    if (size < n->size)
-        return err_set(e, ENOTSUP, "a VDI image cannot shrink; convert it instead");
     if (blocks > VDI_BLOCKS_MAX || blocks > room) {
         err_set(e, ENOTSUP,
                 "%" PRIu64 " blocks are needed, and the map of this image has room for %" PRIu64
@@ -152,27 +149,35 @@ int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
         err_hint(e, "convert it to a new image, or grow it in another format");
         return -e->code;
     }
+    if (blocks <= s->h.blocks)
+        return 0;
     int r = vdi_flush_co(n);
-    if (!r && blocks > s->h.blocks)
-        r = write_map_co(s->file, s->h.map_offset, s->h.blocks, (uint32_t)blocks, false);
     if (!r)
-        r = disk_flush_co(s->file);
-    if (!r) {
-        uint8_t header[VDI_HEADER_BYTES];
-        memcpy(header, s->header, sizeof(header));
-        le64_store(header + VDI_AT_SIZE, size);
-        le32_store(header + VDI_AT_BLOCKS, (uint32_t)blocks);
-        r = disk_pwrite_co(s->file, 0, header, sizeof(header));
-        if (!r)
-            memcpy(s->header, header, sizeof(header));
-    }
+        r = write_map_co(s->file, s->h.map_offset, s->h.blocks, (uint32_t)blocks, false);
     if (r)
-        return err_errno(e, -r, "writing the map and the header");
+        return err_errno(e, -r, "writing the map");
     /* The last page of the map was shorter. */
-    pages_free(&s->pages);
-    if (pages_init(&s->pages, s->file, 8 * MIB) < 0)
-        return err_set(e, ENOMEM, "no memory for the block map");
+    r = pages_forget_all(&s->pages);
+    if (r)
+        return err_set(e, -r, "the map is in use");
     s->h.blocks = (uint32_t)blocks;
+    return 0;
+}
+
+int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
+    struct vdi *s = vdi_of(n);
+    uint8_t header[VDI_HEADER_BYTES];
+    if (prealloc != PREALLOC_OFF)
+        return err_set(e, ENOTSUP, "a VDI image grows without preallocation only");
+    if (size < n->size)
+        return err_set(e, ENOTSUP, "a VDI image cannot shrink; convert it instead");
+    memcpy(header, s->header, sizeof(header));
+    le64_store(header + VDI_AT_SIZE, size);
+    le32_store(header + VDI_AT_BLOCKS, s->h.blocks);
+    int r = disk_pwrite_co(s->file, 0, header, sizeof(header));
+    if (r)
+        return err_errno(e, -r, "writing the header");
+    memcpy(s->header, header, sizeof(header));
     s->h.size = n->size = size;
     return 0;
 }

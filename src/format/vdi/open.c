@@ -193,6 +193,16 @@ static void vdi_close_co(struct node *n) {
     s->spares = NULL;
 }
 
+static int vdi_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
+    struct vdi *s = vdi_of(n);
+    if (!(new_flags & NODE_RW) || node_is_rw(n))
+        return 0;
+    if (s->h.version == VDI_VERSION_0)
+        return err_set(e, ENOTSUP, "VDI version 0.1 can only be read");
+    s->scanned = false;
+    return 0;
+}
+
 static json_t *vdi_describe(struct node *n) {
     static const char *const types[] = {"", "dynamic", "fixed", "undo", "differencing"};
     const struct vdi_header *h = &vdi_of(n)->h;
@@ -230,6 +240,7 @@ static const struct format_ops vdi_format = {
     .abandon = vdi_abandon,
     .set_zero_co = vdi_set_zero_co,
     .discard_co = vdi_discard_co,
+    .reach_co = vdi_reach_co,
     .resize_co = vdi_resize_co,
     .flush_co = vdi_flush_co,
     .check_co = vdi_check_co,
@@ -247,5 +258,6 @@ const struct driver driver_vdi = {
     .create_opts_size = sizeof(struct vdi_create_opts),
     .open_co = vdi_open_co,
     .close_co = vdi_close_co,
+    .reopen_co = vdi_reopen_co,
     .format = &vdi_format,
 };
