@@ -2,9 +2,13 @@
 /*
  * measure: how many bytes a new image will need, empty or as the copy of an existing one.
  *
- * The driver's measure slot knows what its metadata takes; what is counted here is the data: bytes
- * of the source, over its whole chain, that do not read as zeros, rounded out to the units of the
- * target.  A target with a backing file may share none of it, so then all of the disk counts.
+ * The driver's measure slot knows what its metadata takes; what a copy of the source would write is
+ * counted by job/measure.c: the data of its whole chain, rounded out to the units of the target, as
+ * far as the maps tell, or (--scan) as the bytes are.  A target with a backing file may share none
+ * of it, so then all of the disk counts.
+ *
+ * The numbers are the lengths of the files that convert leaves.  Under the drop-in name they are
+ * those of qemu-img, which are never smaller than what it writes itself.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -19,6 +23,7 @@
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
+#include "job/measure.h"
 
 #define SIZE_UNSET UINT64_MAX
 
@@ -27,6 +32,7 @@ struct args {
     const char *target_format, *snapshot;
     struct cli_list options;
     uint64_t size;
+    bool scan;
     int output;
 };
 static const struct cli_opt opts[] = {
@@ -38,6 +44,8 @@ static const struct cli_opt opts[] = {
              "create options of the new image; -o help lists them"),
     CLI_SIZE(struct args, size, 0, "size", "SIZE", SIZE_UNSET, 0, INT64_MAX,
              "size of the disk of a new, empty image"),
+    CLI_FLAG(struct args, scan, 0, "scan",
+             "read the data, too, and do not count what turns out to be zeros"),
     CLI_STR(struct args, snapshot, 'l', "snapshot", "NAME",
             "measure an internal snapshot (not yet possible)"),
     CLI_END};
@@ -95,40 +103,18 @@ static int target_fill(struct verb_ctx *ctx, json_t *tree, struct target *t) {
     return 0;
 }
 
-/* Bytes of whole target units that hold anything but zeros. */
-static int count_data_co(struct verb_ctx *ctx, struct node *n, uint64_t unit, uint64_t *out) {
-    uint64_t counted_to = 0; /* units below are in the sum already */
-    *out = 0;
-    for (uint64_t at = 0; at < n->size;) {
-        struct status st;
-        int rc = disk_status_co(n, at, n->size - at, STATUS_PRECISE, &st);
-        if (rc < 0)
-            return err_errno(&ctx->err, -rc, "%s: reading the map at offset %" PRIu64, n->filename,
-                             at);
-        if (!st.zero) {
-            uint64_t from = max_u64(at - at % unit, counted_to);
-            uint64_t to = div_up(at + st.length, unit) * unit;
-            if (to > from)
-                *out += to - from;
-            counted_to = max_u64(counted_to, to);
-        }
-        at += st.length;
-    }
-    return 0;
-}
-
-static int source_data_co(struct verb_ctx *ctx, const struct target *t, uint64_t *size,
-                          uint64_t *data, bool *bitmaps) {
+static int source_data_co(struct verb_ctx *ctx, const struct target *t, struct measure_in *in,
+                          bool *bitmaps) {
     const struct args *a = ctx->args;
     struct node *n;
     int rc = cli_open_co(ctx, ctx->pos[0], &a->image, 0, &n);
     if (rc < 0)
         return rc;
-    *size = n->size;
-    *data = n->size;
     *bitmaps = t->may_have_bitmaps && !strcmp(n->drv->name, "qcow2");
-    if (!t->has_backing)
-        rc = count_data_co(ctx, n, t->unit, data);
+    if (t->has_backing)
+        measure_plain(n->size, true, in);
+    else
+        rc = measure_source_co(n, t->unit, a->scan, in, &ctx->err);
     node_unref_co(n);
     return rc;
 }
@@ -176,7 +162,7 @@ static int measure_run_co(struct verb_ctx *ctx) {
     if (cli_options_want_help(&a->options))
         return cli_print_create_help(ctx, format);
     json_t *tree = NULL;
-    uint64_t size = a->size, data = 0;
+    struct measure_in in;
     bool bitmaps = false;
     struct measure_result m = {0};
     int rc = check_args(ctx);
@@ -187,11 +173,14 @@ static int measure_run_co(struct verb_ctx *ctx) {
     if (rc == 0)
         rc = target_fill(ctx, tree, &t);
     if (rc == 0 && ctx->pos_n)
-        rc = source_data_co(ctx, &t, &size, &data, &bitmaps);
-    if (rc == 0) {
-        /* Disks come in sectors: a file of odd length is rounded up. */
-        uint64_t sectors = align_up(size, 512);
-        rc = t.drv->format->measure(t.opts, sectors, data, &m, &ctx->err);
+        rc = source_data_co(ctx, &t, &in, &bitmaps);
+    else if (rc == 0)
+        measure_plain(a->size, false, &in);
+    if (rc == 0)
+        rc = t.drv->format->measure(t.opts, &in, &m, &ctx->err);
+    if (rc == 0 && dialect_is_qemu()) {
+        m.required = m.bound_required;
+        m.fully_allocated = m.bound_fully;
     }
     if (rc == 0)
         print_result(a->output, &m, bitmaps);
@@ -201,9 +190,12 @@ static int measure_run_co(struct verb_ctx *ctx) {
 }
 
 static const char *const details[] = {
-    "Says how large the file of a new image will be: \"required\" with what the source holds now, "
-    "\"fully allocated\" when all of the disk has been written. Both are enough; the result can be "
-    "used to make a logical volume for the image.",
+    "Says how long the file of a new image will be: \"required\" with what the source holds now, "
+    "\"fully allocated\" when all of the disk has been written; for example to make a logical "
+    "volume for the image.",
+    "Without compression, the file that convert then makes has exactly that length, where the data "
+    "of the source are not zeros. With --scan they are read to see that. A target with a backing "
+    "file is taken for full.",
     NULL};
 
 static const struct cli_example examples[] = {

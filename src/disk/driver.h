@@ -121,8 +121,19 @@ struct check_result {
     void *arg;
 };
 
+/* What a new image is to hold; see job/measure.h, which fills it. */
+struct measure_in {
+    uint64_t size;        /* of the disk, whole sectors */
+    uint64_t data;        /* bytes of data, in whole units of the target */
+    uint64_t touched[64]; /* [k]: how many aligned pieces of 1 << k bytes a copy writes into */
+};
+/*
+ * Lengths of the file: as our copy leaves it, and when all of the disk has been written.  bound_*:
+ * the same as others count it, who take the tables of the whole disk for there from the start.
+ */
 struct measure_result {
     uint64_t required, fully_allocated;
+    uint64_t bound_required, bound_fully;
 };
 
 enum amend_flags {
@@ -236,9 +247,8 @@ struct format_ops {
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);
-    /* Bytes that a new image with these options needs for `size` guest bytes of which `data` are
-     * data. */
-    int (*measure)(const void *create_opts, uint64_t size, uint64_t data,
+    /* How long the file of a new image with these options gets. */
+    int (*measure)(const void *create_opts, const struct measure_in *in,
                    struct measure_result *out, struct err *e);
 };
 

@@ -331,8 +331,8 @@ static int open_driver_co(const struct driver *drv, struct open_ctx *ctx,
         node_destroy_co(n);
         return r;
     }
-    if (!strncmp(n->filename, "json:", 5) && n->file && is_plain_tree(ctx->tree) &&
-        strncmp(n->file->filename, "json:", 5)) {
+    if (n->filename && !strncmp(n->filename, "json:", 5) && n->file && n->file->filename &&
+        is_plain_tree(ctx->tree) && strncmp(n->file->filename, "json:", 5)) {
         free(n->filename);
         n->filename = xstrdup(n->file->filename);
     }

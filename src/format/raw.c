@@ -130,10 +130,10 @@ static int raw_resize_co(struct node *n, uint64_t size, int prealloc, struct err
     return r;
 }
 
-static int raw_measure(const void *create_opts, uint64_t size, uint64_t data,
+static int raw_measure(const void *create_opts, const struct measure_in *in,
                        struct measure_result *out, struct err *e) {
     /* A raw file of `size` bytes is that long however much of it is holes. */
-    out->required = out->fully_allocated = size;
+    out->required = out->fully_allocated = out->bound_required = out->bound_fully = in->size;
     return 0;
 }
 

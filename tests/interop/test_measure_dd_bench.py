@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """strata measure, dd and bench beside qemu-img."""
+import json
+import os
 import random
 import re
+import subprocess
 
 import pytest
 
@@ -43,17 +46,102 @@ MEASURES = [
 
 @pytest.mark.parametrize("args", MEASURES, ids=" ".join)
 @pytest.mark.parametrize("output", ["human", "json"])
-def test_measure_says_what_the_peer_says(run, peer, disks, args, output):
+def test_measure_says_what_the_peer_says(strata, peer, disks, tmp_path, args, output):
+    """Under its name.  Our own numbers are those of our own files, see below."""
+    link = tmp_path / "qemu-img"
+    link.symlink_to(os.path.abspath(strata))
     args = [{"RAW": disks[0], "TOP": disks[1]}.get(a, a) for a in args]
-    ours = run("measure", f"--output={output}", *args).stdout
+    ours = subprocess.run([link, "measure", f"--output={output}", *args], capture_output=True,
+                          text=True, check=True).stdout
     assert ours == peer("qemu-img", "measure", f"--output={output}", *args).stdout
 
 
-def test_measure_is_enough_for_the_conversion(run, disks, tmp_path):
-    for source in disks:
-        want = int(run("measure", "-O", "qcow2", source).stdout.split("\n")[0].split()[-1])
-        run("convert", "-O", "qcow2", source, tmp_path / "out")
-        assert (tmp_path / "out").stat().st_size <= want
+def measured(run, *args):
+    m = json.loads(run("measure", "--output=json", "-O", "qcow2", *args).stdout)
+    return m["required"], m["fully-allocated"]
+
+
+def sparse_source(path, rnd, size):
+    """Runs of bytes that are not zero, aligned and not, and nothing between."""
+    with open(path, "wb") as f:
+        f.truncate(size)
+        for _ in range(rnd.choice([0, 1, 3, 20])):
+            at = rnd.randrange(max(size, 1))
+            at -= at % rnd.choice([1, 512, 4096, 65536])
+            n = min(rnd.choice([1, 512, 5000, 65536, 700 * 1024]), size - at)
+            # Whole file system blocks, since the map knows nothing smaller.
+            low, high = at // 4096 * 4096, min(-(-(at + n) // 4096) * 4096, size)
+            f.seek(low)
+            f.write(bytes(rnd.randrange(1, 256) for _ in range(64)) * (-(-(high - low) // 64)))
+        f.truncate(size)
+
+
+def options_of(rnd, big):
+    cluster = rnd.choice([4096, 65536, 262144, 1 << 21] if big else [512, 1024, 2048, 4096, 65536])
+    o = [f"cluster_size={cluster}"]
+    if rnd.random() < .2:
+        return ",".join(o + ["compat=0.10"])
+    o.append(f"refcount_bits={rnd.choice([1, 2, 4, 8, 16, 32, 64])}")
+    if cluster >= 16384 and rnd.random() < .4:
+        o.append("extended_l2=on")
+    if rnd.random() < .15:
+        o.append(f"preallocation={rnd.choice(['metadata', 'falloc', 'full'])}")
+    return ",".join(o)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_measure_is_exact(run, peer, tmp_path, seed):
+    """Sources as the map says they are: required is the length of our file, and no less than that of
+    the peer; of a disk full of data it is what "fully allocated" said."""
+    rnd = random.Random(seed)
+    size = rnd.choice([0, 512, 5 * MIB + 512, 3 * MIB + 1000, 9 * MIB, 17 * MIB])
+    raw, full, out = tmp_path / "raw", tmp_path / "full", tmp_path / "out"
+    sparse_source(raw, rnd, size)
+    source, fmt = raw, "raw"
+    if rnd.random() < .4:
+        peer("qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=4k", raw, tmp_path / "q")
+        source, fmt = tmp_path / "q", "qcow2"
+    options = options_of(rnd, rnd.random() < .5)
+    required, fully = measured(run, "-f", fmt, "-o", options, source)
+    if size:
+        assert measured(run, "-o", options, "--size", size)[1] == fully
+    run("convert", "-f", fmt, "-O", "qcow2", "-o", options, source, out)
+    assert out.stat().st_size == required, options
+    peer("qemu-img", "check", out)
+    peer("qemu-img", "convert", "-f", fmt, "-O", "qcow2", "-o", options, source, tmp_path / "theirs")
+    if "=512" not in options:  # with those, its refcount tables grow otherwise
+        assert (tmp_path / "theirs").stat().st_size <= required, options
+    full.write_bytes(b"\x5a" * size)
+    run("convert", "-f", "raw", "-O", "qcow2", "-o", options, full, out)
+    assert out.stat().st_size == fully, options
+
+
+@pytest.mark.parametrize("cluster,bits", [(512, 64), (512, 1), (1024, 32), (4096, 64)])
+def test_measure_counts_the_growth_of_refcount_tables(run, peer, tmp_path, cluster, bits):
+    """At every length up to where the table has been made anew a few times."""
+    options = f"cluster_size={cluster},refcount_bits={bits}"
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for size in [n * cluster * 64 // bits * cluster // 512 * 97 for n in (1, 2, 3, 5, 9)]:
+        size = min(max(size, 64 * 1024), 48 * MIB) // 4096 * 4096
+        with open(raw, "wb") as f:
+            f.truncate(size * 2)
+            f.write(b"\x11" * size)
+        required, _ = measured(run, "-f", "raw", "-o", options, raw)
+        run("convert", "-f", "raw", "-O", "qcow2", "-o", options, raw, out)
+        assert out.stat().st_size == required
+        peer("qemu-img", "check", out)
+
+
+def test_measure_scan_sees_zeros_that_were_written(run, tmp_path):
+    rnd = random.Random(3)
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for options in "cluster_size=512", "cluster_size=64k", "cluster_size=2M":
+        blocks = [rnd.choice([b"\0" * 4096, b"\0" * 65536, rnd.randbytes(700), b"x" * 5000])
+                  for _ in range(200)]
+        raw.write_bytes(b"".join(blocks))
+        run("convert", "-f", "raw", "-O", "qcow2", "-o", options, raw, out)
+        exact = measured(run, "--scan", "-f", "raw", "-o", options, raw)[0]
+        assert out.stat().st_size == exact <= measured(run, "-f", "raw", "-o", options, raw)[0]
 
 
 def test_measure_refusals(run, disks):

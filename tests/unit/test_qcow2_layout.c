@@ -40,10 +40,11 @@ static void measure_agrees_with_the_peer(void **st) {
     };
     for (size_t i = 0; i < sizeof(t) / sizeof(t[0]); i++) {
         struct qcow2_create_opts o = options(t[i].cluster, t[i].bits);
+        struct measure_in in = {.size = t[i].size, .data = t[i].data};
         struct measure_result m;
-        assert_int_equal(qcow2_measure(&o, t[i].size, t[i].data, &m, NULL), 0);
-        assert_int_equal(m.required, t[i].required);
-        assert_int_equal(m.fully_allocated, t[i].full);
+        assert_int_equal(qcow2_measure(&o, &in, &m, NULL), 0);
+        assert_int_equal(m.bound_required, t[i].required);
+        assert_int_equal(m.bound_fully, t[i].full);
     }
 }
 
@@ -51,10 +52,12 @@ static void measure_refuses_what_create_refuses(void **st) {
     struct err e AUTO_ERR = ERR_INIT;
     struct measure_result m;
     struct qcow2_create_opts o = options(512, 16);
-    assert_int_equal(qcow2_measure(&o, 129 * GIB, 0, &m, &e), -EFBIG);
+    struct measure_in in = {.size = 129 * GIB};
+    assert_int_equal(qcow2_measure(&o, &in, &m, &e), -EFBIG);
     assert_non_null(strstr(err_text(&e), "the largest size is 128 GiB"));
     o.extended_l2 = true;
-    assert_int_equal(qcow2_measure(&o, MIB, 0, &m, &e), -EINVAL); /* with clusters of 512 bytes */
+    in.size = MIB;
+    assert_int_equal(qcow2_measure(&o, &in, &m, &e), -EINVAL); /* with clusters of 512 bytes */
 }
 
 static void default_layout_has_header_table_block_l1(void **st) {

@@ -27,6 +27,7 @@
 #include "base/cleanup.h"
 #include "base/plant.h"
 #include "disk/io.h"
+#include "format/qcow2/layout.h"
 #include "format/qcow2/qcow2.h"
 
 /* Makes [host, +length) read as zeros on storage, unless it was never used. */
@@ -103,14 +104,6 @@ static uint64_t first_uncovered(const struct qcow2 *s) {
     return bi;
 }
 
-/* Blocks needed to count themselves and `clusters` more. */
-static uint64_t blocks_for(const struct qcow2 *s, uint64_t clusters) {
-    uint64_t blocks = 1;
-    while (blocks << s->block_bits < blocks + clusters)
-        blocks++;
-    return blocks;
-}
-
 /* ---------------------------------------------------------------- a larger table */
 
 struct new_table {
@@ -121,20 +114,14 @@ struct new_table {
 };
 
 static int plan_table(struct qcow2 *s, uint64_t entries_wanted, struct new_table *t) {
-    uint64_t per_cluster = s->cluster_size / 8;
+    struct qcow2_table_plan p;
     t->first_block = first_uncovered(s);
-    t->entries = max_u64(entries_wanted, s->reftable_entries + s->reftable_entries / 2);
-    /* The table must also have entries for the blocks that count it: at most two rounds. */
-    for (;;) {
-        t->clusters = div_up(t->entries, per_cluster);
-        t->entries = t->clusters * per_cluster;
-        t->blocks = blocks_for(s, t->clusters);
-        if (t->first_block + t->blocks <= t->entries)
-            break;
-        t->entries = t->first_block + t->blocks;
-    }
-    if (t->entries * 8 > QCOW2_REFTABLE_BYTES_MAX)
+    if (!qcow2_table_plan(s->cluster_bits, s->refcount_order, t->first_block, s->reftable_entries,
+                          entries_wanted, &p))
         return -EFBIG;
+    t->entries = p.entries;
+    t->clusters = p.clusters;
+    t->blocks = p.blocks;
     uint64_t first = t->first_block << s->block_bits;
     t->host = (first + t->blocks) << s->cluster_bits;
     int r = check_free(s, first, t->blocks + t->clusters);
@@ -251,11 +238,12 @@ int qcow2_grow_block_co(struct qcow2 *s, uint64_t bi) {
 
 int qcow2_grow_area_co(struct qcow2 *s, uint64_t clusters, uint64_t *host) {
     task_mutex_lock_co(&s->grow_lock);
-    uint64_t blocks = blocks_for(s, clusters), bi = first_uncovered(s);
+    uint64_t blocks = qcow2_blocks_for(s->block_bits, clusters), bi = first_uncovered(s);
     int r = 0;
     if (bi + blocks > s->reftable_entries) {
         /* Room for these blocks and for those that the larger table itself needs. */
-        r = grow_table_co(s, bi + 2 * blocks + blocks_for(s, s->reftable_entries));
+        r = grow_table_co(s,
+                          bi + 2 * blocks + qcow2_blocks_for(s->block_bits, s->reftable_entries));
         bi = first_uncovered(s);
         if (!r && bi + blocks > s->reftable_entries)
             r = -EFBIG;

@@ -94,3 +94,25 @@ int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool ex
     }
     return 0;
 }
+
+uint64_t qcow2_blocks_for(uint32_t block_bits, uint64_t clusters) {
+    uint64_t blocks = 1;
+    while (blocks << block_bits < blocks + clusters)
+        blocks++;
+    return blocks;
+}
+
+bool qcow2_table_plan(uint32_t cluster_bits, uint32_t refcount_order, uint64_t first_block,
+                      uint64_t entries, uint64_t wanted, struct qcow2_table_plan *t) {
+    uint64_t per_cluster = (uint64_t)1 << (cluster_bits - 3);
+    t->entries = max_u64(wanted, entries + entries / 2);
+    /* The table must also have entries for the blocks that count it: at most two rounds. */
+    for (;;) {
+        t->clusters = div_up(t->entries, per_cluster);
+        t->entries = t->clusters * per_cluster;
+        t->blocks = qcow2_blocks_for(cluster_bits + 3 - refcount_order, t->clusters);
+        if (first_block + t->blocks <= t->entries)
+            return t->entries * 8 <= QCOW2_REFTABLE_BYTES_MAX;
+        t->entries = first_block + t->blocks;
+    }
+}

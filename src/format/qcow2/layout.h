@@ -36,6 +36,19 @@ struct qcow2_layout {
 int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool extended_l2,
                          uint64_t size, bool prealloc, struct qcow2_layout *l, struct err *e);
 
+/*
+ * A larger refcount table for an image whose blocks [0, first_block) exist, with at least `wanted`
+ * entries where there are `entries`: how large, and how many blocks it brings along, which count
+ * themselves and it.  False: above the limit.
+ */
+struct qcow2_table_plan {
+    uint64_t entries, clusters, blocks;
+};
+bool qcow2_table_plan(uint32_t cluster_bits, uint32_t refcount_order, uint64_t first_block,
+                      uint64_t entries, uint64_t wanted, struct qcow2_table_plan *t);
+/* Blocks needed to count themselves and `clusters` more. */
+uint64_t qcow2_blocks_for(uint32_t block_bits, uint64_t clusters);
+
 /* create.c: options that contradict one another (-EINVAL) or ask for what is not there yet
  * (-ENOTSUP). */
 int qcow2_create_check(const struct qcow2_create_opts *o, struct err *e);

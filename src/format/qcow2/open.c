@@ -249,13 +249,20 @@ static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     return node_open_backing_co(n, ctx, e);
 }
 
-/* Readers expect whole sectors; nobody is writing any more. */
+/*
+ * Nobody is writing any more.  Readers expect whole sectors behind coded data.  Else the file ends
+ * behind the last cluster that was used, so that its length follows from what is in it (measure.c)
+ * and the last table is whole.  Where that cannot be, nothing is lost.
+ */
 static void pad_end_co(struct qcow2 *s) {
     static const uint8_t zeros[512];
     uint64_t end = s->file->size, pad = align_up(end, 512) - end;
+    uint64_t whole = s->virgin_from << s->cluster_bits;
     if (s->coded_used && pad)
         disk_pwrite_co(s->file, end, zeros, pad);
-    s->coded_used = false;
+    else if (!s->coded_used && s->end_grown && whole > end)
+        disk_resize_co(s->file, whole, PREALLOC_OFF, NULL);
+    s->coded_used = s->end_grown = false;
 }
 
 static void qcow2_close_co(struct node *n) {

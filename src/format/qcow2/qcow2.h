@@ -112,6 +112,7 @@ struct qcow2 {
     uint64_t coded_pos;   /* next byte for coded data; 0: none */
     uint64_t coded_end;   /* end of its host cluster */
     bool coded_used;      /* the file's end needs padding to 512 */
+    bool end_grown;       /* a cluster from virgin_from on was handed out: padding to a cluster */
     uint64_t releases;    /* counts events that may have lowered free_cursor */
     struct qcow2_limbo limbo;
     bool settling;
@@ -339,7 +340,7 @@ struct qcow2_create_opts {
 extern const struct opt qcow2_create_opt_table[];
 int qcow2_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
                     struct err *e);
-int qcow2_measure(const void *create_opts, uint64_t size, uint64_t data, struct measure_result *out,
+int qcow2_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                   struct err *e);
 
 /* ---- check.c ---- */

@@ -70,6 +70,7 @@ static bool claim(struct qcow2 *s, uint64_t cluster, struct qcow2_slice *slice, 
     if (cluster < s->virgin_from)
         return false;
     s->virgin_from = cluster + 1;
+    s->end_grown = true;
     return true;
 }
 
@@ -177,11 +178,15 @@ static int search_co(struct qcow2 *s, struct search *q) {
             return q->count ? 0 : -EFBIG;
         int r = qcow2_refcount_slice_co(s, q->pos, &slice, &index);
         if (!r && !slice) {
+            uint64_t releases = s->releases;
             if (q->count)
                 return 0;
             r = qcow2_grow_block_co(s, q->pos >> s->block_bits);
             if (r < 0)
                 return r;
+            /* A new refcount table has freed the old one's clusters: those come first. */
+            if (s->releases != releases)
+                q->pos = min_u64(q->pos, s->free_cursor);
             continue;
         }
         if (!r)

@@ -72,16 +72,19 @@ int qed_create_co(struct node *file, const void *create_opts, struct create_ctx 
     return r ? err_errno(e, -r, "writing the header") : 0;
 }
 
-int qed_measure(const void *create_opts, uint64_t size, uint64_t data, struct measure_result *out,
+int qed_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                 struct err *e) {
     const struct qed_create_opts *o = create_opts;
+    uint64_t size = in->size;
     int r = check_size(o, align_up(size, 512), e);
     if (r)
         return r;
     uint64_t table = o->table_size * o->cluster_size, covers = table / 8 * o->cluster_size;
     uint64_t tables = div_up(size, covers) * table, fixed = o->cluster_size + table;
     out->fully_allocated = fixed + tables + div_up(size, o->cluster_size) * o->cluster_size;
-    out->required = fixed + tables + div_up(min_u64(data, size), o->cluster_size) * o->cluster_size;
+    out->required = fixed + tables + div_up(min_u64(in->data, size), o->cluster_size) * o->cluster_size;
+    out->bound_fully = out->fully_allocated;
+    out->bound_required = out->required;
     return 0;
 }
 

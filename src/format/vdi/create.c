@@ -121,16 +121,18 @@ int vdi_create_co(struct node *file, const void *create_opts, struct create_ctx 
     return r ? err_errno(e, -r, "writing the header and the map") : 0;
 }
 
-int vdi_measure(const void *create_opts, uint64_t size, uint64_t data, struct measure_result *out,
+int vdi_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                 struct err *e) {
     const struct vdi_create_opts *o = create_opts;
     struct layout l;
-    int r = layout_compute(o, size, &l, e);
+    int r = layout_compute(o, in->size, &l, e);
     if (r)
         return r;
-    uint64_t blocks = is_fixed(o) ? l.blocks : min_u64(div_up(data, o->block_size), l.blocks);
+    uint64_t blocks = is_fixed(o) ? l.blocks : min_u64(div_up(in->data, o->block_size), l.blocks);
     out->required = l.data_offset + blocks * o->block_size;
     out->fully_allocated = l.data_offset + (uint64_t)l.blocks * o->block_size;
+    out->bound_required = out->required;
+    out->bound_fully = out->fully_allocated;
     return 0;
 }
 

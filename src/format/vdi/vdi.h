@@ -129,7 +129,7 @@ struct vdi_create_opts {
 extern const struct opt vdi_create_opt_table[];
 int vdi_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
                   struct err *e);
-int vdi_measure(const void *create_opts, uint64_t size, uint64_t data, struct measure_result *out,
+int vdi_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                 struct err *e);
 int vdi_reach_co(struct node *n, uint64_t size, struct err *e);
 int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
