@@ -257,6 +257,7 @@ struct format_ops {
 enum storage_kind_flags {
     STORAGE_ZERO_INIT = 1, /* bytes never written, and those of a grown file, read as zeros */
     STORAGE_SHARES = 2,    /* copy_range_co may be able to share blocks (reflink) */
+    STORAGE_IN_MEMORY = 4, /* no device behind it: room made ahead would be written twice */
 };
 
 struct storage_ops {

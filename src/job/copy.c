@@ -194,7 +194,11 @@ static int write_part_co(struct copy_worker *k, size_t from, size_t to) {
     struct copy_job *j = k->job;
     uint64_t at = j->dst_offset + k->w.offset + from;
     struct iovec v = {k->buf + from, to - from};
+    if (j->one_writer)
+        task_mutex_lock_co(&j->writer);
     int r = disk_pwritev_co(j->dst, at, to - from, &v, 1, j->write_flags);
+    if (j->one_writer)
+        task_mutex_unlock(&j->writer);
     return r < 0 ? copy_fail(j, r, "writing to", j->dst, at) : 0;
 }
 
@@ -328,7 +332,8 @@ static void plan(struct copy_job *j) {
     bool may_share =
         node_storage(j->src)->storage_flags & node_storage(j->dst)->storage_flags & STORAGE_SHARES;
     j->clone = may_share && j->block ? CLONE_UNTRIED : CLONE_NO;
-    j->ahead = o->target_is_zero && gran == 1 && j->block;
+    j->one_writer = node_storage(j->dst)->storage_flags & STORAGE_IN_MEMORY;
+    j->ahead = o->target_is_zero && gran == 1 && j->block && !j->one_writer;
 }
 
 static unsigned worker_count(const struct copy_job *j) {
@@ -413,6 +418,7 @@ int copy_run_co(struct node *src, struct node *dst, uint64_t length, uint64_t ds
     if (r < 0 || !length)
         return r;
     task_mutex_init(&j.walk);
+    task_mutex_init(&j.writer);
     waitq_init(&j.turns);
     plan(&j);
     if (opts->progress) {

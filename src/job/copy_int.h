@@ -80,6 +80,13 @@ struct copy_job {
     uint64_t next_ticket, turn;
     struct waitq turns;
 
+    /*
+     * A target in memory: a file system locks the file for a write, and here a write is nothing but
+     * a copy, so a second writer would only spin; a processor better reads meanwhile.
+     */
+    bool one_writer;
+    struct task_mutex writer;
+
     enum copy_clone clone;
 
     /* room allocated ahead in a sparse target, and the zeros found in it (copy_punch.c) */

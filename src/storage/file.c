@@ -150,6 +150,11 @@ static bool may_share_blocks(int fd) {
     return false;
 }
 
+static bool lies_in_memory(int fd) {
+    struct statfs fs;
+    return !fstatfs(fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+}
+
 int file_adopt(struct node *n, const struct stat *st, struct err *e) {
     struct file_state *s = file_state(n);
     s->is_block = S_ISBLK(st->st_mode);
@@ -165,8 +170,17 @@ int file_adopt(struct node *n, const struct stat *st, struct err *e) {
         return err_set(e, EFBIG, "size %" PRIu64 " is beyond the largest possible", size);
     n->size = size;
     n->granularity = 1;
+    bool in_memory = !s->is_block && lies_in_memory(s->fd);
+    if (in_memory && n->flags & NODE_DIRECT) {
+        /* There is nothing to go to directly: such a descriptor copies just as others do, but would
+         * be taken for one whose requests wait in the kernel. */
+        int flags = fcntl(s->fd, F_GETFL);
+        if (flags >= 0 && !fcntl(s->fd, F_SETFL, flags & ~O_DIRECT))
+            n->flags &= ~(unsigned)NODE_DIRECT;
+    }
     n->request_align = n->flags & NODE_DIRECT ? direct_align(s->fd, s->is_block) : 1;
     n->storage_flags = s->is_block ? 0 : STORAGE_ZERO_INIT;
+    n->storage_flags |= in_memory ? STORAGE_IN_MEMORY : 0;
     if (!s->is_block && may_share_blocks(s->fd))
         n->storage_flags |= STORAGE_SHARES;
     return 0;

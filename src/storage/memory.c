@@ -189,7 +189,7 @@ static void memory_adopt(struct node *n, uint64_t size) {
     n->size = size;
     n->granularity = 1;
     n->request_align = 1;
-    n->storage_flags = STORAGE_ZERO_INIT;
+    n->storage_flags = STORAGE_ZERO_INIT | STORAGE_IN_MEMORY;
 }
 
 static int memory_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
