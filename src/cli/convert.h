@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include "cli/cli.h"
 #include "cli/progress.h"
+#include "disk/node.h"
+#include "disk/open.h"
 
 struct convert_args {
     struct cli_image src;
@@ -23,7 +25,43 @@ struct convert_args {
     uint64_t skip, count;
 };
 
+/* One conversion under way (verb_convert.c, convert_pipe.c). */
+struct convert {
+    struct verb_ctx *ctx;
+    const struct convert_args *a;
+    char **names; /* of the sources, then the target */
+    const char *target_name;
+    const struct driver *format; /* of a new target */
+    struct node **src;
+    int src_n;
+    uint64_t size;     /* of all sources */
+    struct node *file; /* storage of a new target, for the link */
+    struct node *dst;
+    bool unnamed;   /* file gets its name at the end */
+    bool zero_init; /* what is not written reads as zeros */
+    bool cancel;
+    struct progress bar;
+    uint64_t done_before; /* by the sources before this one */
+    const struct node *src_now;
+};
+
+/* ---- verb_convert.c ---- */
 /* What the verb does once its options are known: `names` are n - 1 sources and a target. */
 int convert_with_co(struct verb_ctx *ctx, const struct convert_args *a, char **names, int n);
+
+/* Create options of the target, size and backing file included; new reference. */
+int convert_create_options(struct convert *c, json_t **out);
+int convert_copy_all_co(struct convert *c);
+
+/* ---- convert_pipe.c ---- */
+/* "-": standard input or output. */
+bool convert_is_pipe(const char *name);
+/* A source for what comes on standard input. */
+int convert_open_stdin_co(struct convert *c, struct node **out);
+/* The stream goes straight into a new raw file: then convert_store_stdin_co does it all. */
+bool convert_stores_stdin(const struct convert *c, int sources);
+int convert_store_stdin_co(struct convert *c);
+/* The sources are open. */
+int convert_to_stdout_co(struct convert *c);
 
 #endif

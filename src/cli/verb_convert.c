@@ -75,26 +75,6 @@ static const struct cli_opt convert_opts[] = {
     CLI_END,
 };
 
-/* One conversion under way. */
-struct convert {
-    struct verb_ctx *ctx;
-    const struct convert_args *a;
-    char **names; /* of the sources, then the target */
-    const char *target_name;
-    const struct driver *format; /* of a new target */
-    struct node **src;
-    int src_n;
-    uint64_t size;     /* of all sources */
-    struct node *file; /* storage of a new target, for the link */
-    struct node *dst;
-    bool unnamed;   /* file gets its name at the end */
-    bool zero_init; /* what is not written reads as zeros */
-    bool cancel;
-    struct progress bar;
-    uint64_t done_before; /* by the sources before this one */
-    const struct node *src_now;
-};
-
 static int misuse(struct verb_ctx *ctx, const char *text) {
     return err_set(&ctx->err, EINVAL, "%s", text);
 }
@@ -163,8 +143,13 @@ static uint64_t length_of(const struct node *src) {
 }
 
 static int open_sources_co(struct convert *c, int n) {
+    int streams = 0;
     for (int i = 0; i < n; i++) {
-        int r = cli_open_co(c->ctx, c->names[i], &c->a->src, 0, &c->src[i]);
+        bool in = convert_is_pipe(c->names[i]);
+        if (in && streams++)
+            return misuse(c->ctx, "standard input can be one source only");
+        int r = in ? convert_open_stdin_co(c, &c->src[i])
+                   : cli_open_co(c->ctx, c->names[i], &c->a->src, 0, &c->src[i]);
         if (r < 0)
             return r;
         c->src_n++;
@@ -204,7 +189,7 @@ static int check_not_source(struct convert *c) {
 
 /* ---------------------------------------------------------------- target */
 
-static int create_options(struct convert *c, json_t **out) {
+int convert_create_options(struct convert *c, json_t **out) {
     const struct convert_args *a = c->a;
     int r = cli_options(c->ctx, &a->options, out);
     if (r < 0)
@@ -283,7 +268,7 @@ static int create_target_co(struct convert *c) {
     }
     int r = create_check_target_co(c->target_name, &device, e);
     if (r == 0)
-        r = create_options(c, &options);
+        r = convert_create_options(c, &options);
     if (r < 0)
         return err_prefix(e, "%s", c->target_name);
 
@@ -363,7 +348,7 @@ static void on_signal(void *arg, int signo) {
     c->cancel = true;
 }
 
-static int copy_all_co(struct convert *c) {
+int convert_copy_all_co(struct convert *c) {
     const struct convert_args *a = c->a;
     bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct copy_opts o = {
@@ -410,7 +395,11 @@ static int finish_co(struct convert *c) {
 }
 
 static int convert_co(struct convert *c, int sources) {
+    if (c->format && convert_stores_stdin(c, sources))
+        return convert_store_stdin_co(c);
     int r = open_sources_co(c, sources);
+    if (convert_is_pipe(c->target_name))
+        return r ? r : convert_to_stdout_co(c);
     if (r == 0)
         r = check_not_source(c);
     if (r == 0)
@@ -418,7 +407,7 @@ static int convert_co(struct convert *c, int sources) {
     if (r == 0)
         r = check_size(c);
     if (r == 0)
-        r = copy_all_co(c);
+        r = convert_copy_all_co(c);
     if (r == 0)
         r = finish_co(c);
     return r;
@@ -465,6 +454,10 @@ static int convert_run_co(struct verb_ctx *ctx) {
 static const char *const convert_details[] = {
     "Copies the content of SOURCE, or of several sources one behind the other, to TARGET. Holes and "
     "zeros of the source cost nothing; reads, writes and compression run in parallel.",
+    "- as SOURCE is standard input, a raw stream unless -f says otherwise: a pipe is kept in a scratch "
+    "file ($TMPDIR, else /var/tmp) unless the target is a new raw file. - as TARGET is standard "
+    "output: the image is laid out first and then written in one pass, to a pipe too; with -c it is "
+    "made whole in a scratch file before.",
     "A new target gets its name only when it is complete and on stable storage: an error, a full "
     "disk or a kill leaves nothing behind, and a file that was there before stays as it was.",
     NULL,
@@ -475,6 +468,8 @@ static const struct cli_example convert_examples[] = {
      "Make a compressed copy."},
     {"strata convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2",
      "Copy an overlay, keeping its backing file."},
+    {"strata convert -O qcow2 disk.raw - | ssh host 'cat > disk.qcow2'",
+     "Send a qcow2 image through a pipe."},
     {NULL, NULL},
 };
 

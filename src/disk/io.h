@@ -54,6 +54,15 @@ int disk_flush_co(struct node *n);
  */
 int disk_write_coded_co(struct node *n, uint64_t offset, const void *code, uint32_t coded_length);
 
+/*
+ * Room for [offset, +length), which begins and ends at units (or at the end of the disk), linked in
+ * without writing a byte: it holds whatever the storage does there.  For images whose data goes
+ * somewhere else (job/pipe.h).  At least one unit, *got bytes in whole units, at *host of n->file.
+ * -ENOTSUP: the format's bytes do not lie there as they are.
+ */
+int disk_make_room_co(struct node *n, uint64_t offset, uint64_t length, uint64_t *host,
+                      uint64_t *got);
+
 /* What the guest sees at a place, over the whole chain. */
 struct status {
     uint64_t length;

@@ -335,3 +335,32 @@ int disk_write_coded_co(struct node *n, uint64_t offset, const void *code, uint3
     node_leave(n);
     return r;
 }
+
+int disk_make_room_co(struct node *n, uint64_t offset, uint64_t length, uint64_t *host,
+                      uint64_t *got) {
+    if (!n->drv->format || !n->drv->format->place_co)
+        return -ENOTSUP;
+    if (!node_is_rw(n))
+        return -EROFS;
+    if (offset >= n->size || !is_aligned(offset, n->granularity))
+        return -EINVAL;
+    node_enter_co(n);
+    struct range_req lock;
+    struct placement p = {0};
+    uint64_t inside = min_u64(length, n->size - offset);
+    range_lock_co(&n->locks, &lock, offset, length, true);
+    int r = n->drv->format->place_co(n, offset, inside, 0, 0, &p);
+    if (!r && (p.storage != n->file || p.head || p.offset != offset)) {
+        if (n->drv->format->abandon)
+            n->drv->format->abandon(n, &p);
+        r = -ENOTSUP;
+    } else if (!r && n->drv->format->publish_co) {
+        r = n->drv->format->publish_co(n, &p);
+    }
+    n->map_generation++;
+    range_unlock(&n->locks, &lock);
+    node_leave(n);
+    *host = p.host_offset;
+    *got = align_up(p.length, n->granularity); /* the last unit of the disk is whole, too */
+    return r;
+}
