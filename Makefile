@@ -39,13 +39,13 @@ test: setup all
 bench: setup all
 	@/usr/bin/python3 bench/run.py
 
-# The long form of the crash laboratory: CRASH_STATES for each workload, CRASH_SEEDS seeds.
+# The long form of the crash laboratory: CRASH_STATES for each workload, CRASH_SEEDS seeds (or, with
+# CRASH_MINUTES, as many as go into that time), on all processors.
 CRASH_STATES ?= 20000
 CRASH_SEEDS ?= 20
+CRASH_MINUTES ?= 0
 crash: all
-	@for i in $$(seq $(CRASH_SEEDS)); do \
-	    $(BUILD)/tests/crash/lab -n $(CRASH_STATES) -s $$(od -An -N4 -tu4 /dev/urandom) || exit 1; \
-	done
+	@scripts/crash.sh $(BUILD)/tests/crash/lab $(JOBS) $(CRASH_STATES) $(CRASH_SEEDS) $(CRASH_MINUTES)
 
 # QEMU's tests are not part of this tree, nor of Debian's packages: name the folder that has them.
 QEMU_TESTS ?=

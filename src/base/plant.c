@@ -6,7 +6,11 @@
 enum plant plant_active;
 
 #define PLANT_NAME_(name, text) #name,
-static const char *const names[] = {PLANTS(PLANT_NAME_) NULL};
+#define X PLANT_NAME_
+static const char *const names[] = {
+#include "base/plants.def"
+    NULL};
+#undef X
 
 bool plant_set(const char *name) {
     for (size_t i = 0; names[i]; i++)

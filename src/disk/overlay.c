@@ -26,6 +26,7 @@
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/err.h"
+#include "base/plant.h"
 #include "disk/engine.h"
 
 /*
@@ -165,7 +166,8 @@ static int keep_quiesced_co(struct node *n, const char *base, const char *name, 
     if (r)
         return r;
     /* The slot itself: disk_flush_co would wait for the quiesce to end, and skips NO_FLUSH. */
-    r = n->drv->format->flush_co ? n->drv->format->flush_co(n) : 0;
+    r = n->drv->format->flush_co && !PLANTED(KEEP_WITHOUT_METADATA) ? n->drv->format->flush_co(n)
+                                                                    : 0;
     if (r)
         return err_errno(e, -r, "writing the snapshot's metadata");
     file->flags &= ~(unsigned)NODE_NO_FLUSH;

@@ -17,6 +17,7 @@
 #include "job/copy.h"
 #include "base/ck.h"
 #include "base/err.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "disk/node.h"
 
@@ -109,7 +110,7 @@ static int write_base_co(struct node *overlay, struct node *base, const struct c
     int r = grow_base_co(overlay, base, e);
     if (r == 0)
         r = copy_run_co(overlay, base, overlay->size, 0, &o, e);
-    if (r == 0) {
+    if (r == 0 && !PLANTED(COMMIT_NOT_FLUSHED)) {
         r = disk_flush_co(base);
         if (r < 0)
             err_errno(e, -r, "flushing %s", base->filename);
@@ -135,7 +136,7 @@ int commit_into_co(struct node *overlay, struct node *base, const struct copy_op
             return err_prefix(e, "opening %s for writing", base->filename);
     }
     int r = write_base_co(overlay, base, opts, e);
-    if (!was_rw) {
+    if (!was_rw && !PLANTED(COMMIT_NOT_FLUSHED)) { /* which flushes, too */
         struct err back = ERR_INIT;
         int r2 = node_reopen_co(base, false, &back);
         if (r == 0 && r2 < 0) {

@@ -31,6 +31,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/err.h"
+#include "base/plant.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "runtime/loop.h"
@@ -429,7 +430,7 @@ int rebase_copy_co(struct node *image, struct node *base, const struct rebase_op
     int rc = r.old.ids && r.new.ids ? run_workers_co(&r) : err_set(e, ENOMEM, "no memory");
     free(r.old.ids);
     free(r.new.ids);
-    if (rc == 0) {
+    if (rc == 0 && !PLANTED(REBASE_NAMED_EARLY)) {
         rc = disk_flush_co(image);
         if (rc < 0)
             err_errno(e, -rc, "flushing %s", image->filename);

@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: MIT */
+/* The tables of workloads; each ends with a row without a name.  How to make one: lab.h. */
+#ifndef STRATA_TESTS_CRASH_WORKLOADS_H
+#define STRATA_TESTS_CRASH_WORKLOADS_H
+
+#include "lab.h"
+
+extern const struct workload write_workloads[]; /* write.c: requests of guests */
+extern const struct workload chain_workloads[]; /* chain.c: several images, sizes, raw */
+extern const struct workload amend_workloads[]; /* amend.c: options changed in use */
+
+#endif
