@@ -14,8 +14,8 @@
  *
  * The padding is an extension of a type that no reader knows, whose data reaches to the copy; steps
  * 2 and 4 are one sector each, and 1 and 3 write where the header in force has nothing.  Every step
- * is therefore a whole header.  What a crash leaves behind (padding, the copy) is dropped by the
- * next rewrite: decode does not keep padding.
+ * is therefore a whole header.  The copy stays behind as bytes that mean nothing, and a crash may
+ * leave padding; the next rewrite drops both: decode does not keep padding.
  *
  * Where both forms do not fit the cluster, it is one plain write, as every other program does it.
  */
@@ -37,11 +37,18 @@ static int write_co(struct qcow2 *s, uint64_t at, const uint8_t *buf, size_t len
     return r;
 }
 
-/* Bytes up to the last one that is not zero, in whole sectors. */
+/*
+ * Where the header in force ends, in whole sectors: its extensions and its backing file name.  What
+ * lies behind, an earlier copy, would take the room for the next one.
+ */
 static size_t used_sectors(const uint8_t *buf, size_t length) {
-    while (length && !buf[length - 1])
-        length--;
-    return (size_t)align_up(length, SECTOR);
+    size_t at = be32_load(buf + 4) < 3 ? QCOW2_V2_LENGTH : be32_load(buf + 100);
+    uint64_t name_end = be64_load(buf + 8) ? be64_load(buf + 8) + be32_load(buf + 16) : 0;
+    while (at <= length - EXT_HEAD && be32_load(buf + at)) {
+        uint64_t next = (uint64_t)at + EXT_HEAD + align_up(be32_load(buf + at + 4), 8);
+        at = (size_t)min_u64(next, length);
+    }
+    return (size_t)min_u64(align_up(max_u64(at + EXT_HEAD, name_end), SECTOR), length);
 }
 
 /* First sector that differs, and how many sectors from there to the last one that does. */
