@@ -17,8 +17,9 @@
  *
  * Shrinking drops what lies behind the new end and makes that durable, and then writes the new
  * size; so growing again later never brings old data back.  A crash in between leaves the old size
- * with the part that was to be lost lost.  The L1 table keeps its length: entries behind the end
- * are empty and allowed.
+ * with the part that was to be lost lost.  Over a layer below, whose content would come to light
+ * there, the size is written first; what a crash then leaves behind the end, growth makes zeros
+ * of.  The L1 table keeps its length: entries behind the end are empty and allowed.
  */
 #include <assert.h>
 #include <errno.h>
@@ -119,10 +120,18 @@ int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, s
 
 static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
     uint64_t old = s->h.size;
-    int r = qcow2_cut_co(s, size);
+    bool size_first = qcow2_has_backing(s) && !PLANTED(SHRINK_SHOWS_BACKING);
+    int r = 0;
+    if (size_first) {
+        r = write_size_co(s, size, s->l1_entries, s->h.l1_table_offset);
+        if (!r)
+            s->h.size = s->node->size = size;
+    }
+    if (!r)
+        r = qcow2_cut_co(s, size);
     if (!r)
         r = qcow2_writeback_all_co(s);
-    if (!r)
+    if (!r && !size_first)
         r = write_size_co(s, size, s->l1_entries, s->h.l1_table_offset);
     if (r < 0)
         return err_errno(e, -r, "shrinking the disk from %" PRIu64 " to %" PRIu64, old, size);
