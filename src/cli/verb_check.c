@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * check: is the metadata of an image consistent?
+ * check: is the metadata of an image consistent?  With -r, make it so.
  *
  * The work is the format's check_co; here are the list of problems (bounded: a ruined image has
  * millions), the totals, and the exit statuses of qemu-img's documentation.  The image alone is
- * opened, and read only.
+ * opened, and for reading only unless it is to be repaired.  What was repaired is checked again, as
+ * a stranger would; that second look decides the status.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -31,13 +32,13 @@ struct args {
     bool quiet;
     const char *repair;
 };
-static const struct cli_opt opts[] = {
-    CLI_IMAGE_ROWS(struct args, image),
-    CLI_OUTPUT_ROW(struct args, output),
-    PROGRESS_ROWS(struct args, progress),
-    CLI_QUIET_ROW(struct args, quiet),
-    CLI_STR(struct args, repair, 'r', "repair", "WHAT", "repair leaks or all (not yet possible)"),
-    CLI_END};
+static const struct cli_opt opts[] = {CLI_IMAGE_ROWS(struct args, image),
+                                      CLI_OUTPUT_ROW(struct args, output),
+                                      PROGRESS_ROWS(struct args, progress),
+                                      CLI_QUIET_ROW(struct args, quiet),
+                                      CLI_STR(struct args, repair, 'r', "repair", "WHAT",
+                                              "repair the image: leaks, or all (leaks and errors)"),
+                                      CLI_END};
 
 struct watch {
     const struct args *args;
@@ -68,7 +69,7 @@ static void print_json(const struct node *n, const struct check_result *r) {
     const struct {
         const char *key;
         uint64_t value;
-        bool always;
+        bool always, repair;
     } rows[] = {
         {"image-end-offset", r->image_end_offset, true},
         {"compressed-clusters", r->compressed_clusters},
@@ -80,13 +81,15 @@ static void print_json(const struct node *n, const struct check_result *r) {
         {"filename", 0},
         {"format", 0},
         {"fragmented-clusters", r->fragmented_clusters},
+        {"corruptions-fixed", r->corruptions_fixed, false, true},
+        {"leaks-fixed", r->leaks_fixed, false, true},
     };
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
         if (!strcmp(rows[i].key, "filename"))
             json_object_set_new(j, "filename", cli_json_name(n->filename));
         else if (!strcmp(rows[i].key, "format"))
             json_object_set_new(j, "format", json_string(n->drv->name));
-        else if (rows[i].value || rows[i].always || !dialect_is_qemu())
+        else if (rows[i].value || rows[i].always || (!dialect_is_qemu() && !rows[i].repair))
             json_object_set_new(j, rows[i].key, json_integer((json_int_t)rows[i].value));
     }
     cli_print_json(j);
@@ -128,38 +131,99 @@ static int status_of(const struct check_result *r) {
     return r->leaks ? CHECK_LEAKS : CHECK_OK;
 }
 
-static int check_node_co(struct verb_ctx *ctx, struct node *n) {
+/* Prints what to do about what is left. */
+static void print_hint(const struct args *a, const struct check_result *r, const char *name) {
+    if (dialect_is_qemu() || a->quiet || a->output == OUTPUT_JSON)
+        return;
+    char *safe AUTO_FREE = cli_safe(name);
+    if (r->corruptions && !a->repair)
+        printf("To repair it: strata check -r all %s\n", safe);
+    else if (r->corruptions)
+        puts("What is left cannot be repaired without losing data: it can be read, so copy it to a "
+             "new image with convert.");
+    else if (r->leaks && !a->repair)
+        printf("To give the space back: strata check -r leaks %s\n", safe);
+}
+
+static void print_fixed(const struct args *a, const struct check_result *r) {
+    if (a->quiet || a->output == OUTPUT_JSON)
+        return;
+    printf("The following inconsistencies were found and repaired:\n\n"
+           "    %" PRIu64 " leaked clusters\n    %" PRIu64 " corruptions\n\n"
+           "Double checking the fixed image now...\n",
+           r->leaks_fixed, r->corruptions_fixed);
+}
+
+static int check_once_co(struct verb_ctx *ctx, struct node *n, unsigned fix,
+                         struct check_result *r) {
     const struct args *a = ctx->args;
     struct watch w = {.args = a};
-    struct check_result r = {.report = show_problem, .progress = show_progress, .arg = &w};
+    *r = (struct check_result){
+        .fix = fix, .report = show_problem, .progress = show_progress, .arg = &w};
     progress_begin(&w.bar, &a->progress);
-    int rc = n->drv->format->check_co(n, &r, &ctx->err);
+    int rc = n->drv->format->check_co(n, r, &ctx->err);
     progress_end(&w.bar, rc == 0);
+    return rc < 0 ? err_prefix(&ctx->err, "%s", n->filename) : 0;
+}
+
+static int check_node_co(struct verb_ctx *ctx, struct node *n, unsigned fix) {
+    const struct args *a = ctx->args;
+    struct check_result r;
+    int rc = check_once_co(ctx, n, fix, &r);
+    if (!rc && (r.corruptions_fixed || r.leaks_fixed)) {
+        uint64_t corruptions = r.corruptions_fixed, leaks = r.leaks_fixed;
+        print_fixed(a, &r);
+        rc = check_once_co(ctx, n, 0, &r);
+        r.corruptions_fixed = corruptions;
+        r.leaks_fixed = leaks;
+    }
     if (rc < 0)
-        return err_prefix(&ctx->err, "%s", n->filename);
+        return rc;
     if (a->output == OUTPUT_JSON)
         print_json(n, &r);
     else if (!a->quiet)
         print_human(&r);
+    print_hint(a, &r, n->filename);
     return status_of(&r);
+}
+
+/* What -r asks for, as a mask of enum check_fix; -EINVAL. */
+static int parse_repair(struct verb_ctx *ctx, unsigned *fix) {
+    const char *what = ((const struct args *)ctx->args)->repair;
+    *fix = 0;
+    if (!what)
+        return 0;
+    if (!strcmp(what, "leaks"))
+        *fix = CHECK_FIX_LEAKS;
+    else if (!strcmp(what, "all"))
+        *fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS;
+    else if (dialect_is_qemu())
+        return dialect_usage(ctx, "Unknown option value for -r (expecting 'leaks' or 'all'): %s",
+                             what);
+    else
+        return err_set(&ctx->err, EINVAL, "-r %s: what can be repaired is \"leaks\" or \"all\"",
+                       what);
+    return 0;
 }
 
 static int check_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
-    if (a->repair && dialect_is_qemu() && strcmp(a->repair, "leaks") && strcmp(a->repair, "all"))
-        return dialect_usage(ctx, "Unknown option value for -r (expecting 'leaks' or 'all'): %s",
-                             a->repair);
-    if (a->repair) {
-        err_set(&ctx->err, ENOTSUP, "repairing (-r %s) is not yet in this version", a->repair);
-        err_hint(&ctx->err, "without -r the image is checked and left as it is");
-        return -ENOTSUP;
-    }
+    unsigned fix;
+    int rc = parse_repair(ctx, &fix);
+    if (rc)
+        return rc;
     struct node *n;
-    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, OPEN_NO_BACKING | OPEN_CHECK, &n);
+    rc = cli_open_co(ctx, ctx->pos[0], &a->image,
+                     OPEN_NO_BACKING | OPEN_CHECK | (fix ? OPEN_RW : 0), &n);
     if (rc < 0)
         return rc;
     if (n->drv->format && n->drv->format->check_co) {
-        rc = check_node_co(ctx, n);
+        rc = check_node_co(ctx, n, fix);
+        if (rc == -ENOTSUP) {
+            cli_print_error(ctx, &ctx->err);
+            err_clear(&ctx->err);
+            rc = CHECK_UNSUPPORTED;
+        }
     } else {
         struct err e AUTO_ERR = ERR_INIT;
         err_set(&e, ENOTSUP,
@@ -174,13 +238,18 @@ static int check_run_co(struct verb_ctx *ctx) {
 }
 
 static const char *const details[] = {
-    "The metadata of the image is read and compared with itself; the image is not changed, and its "
-    "backing file is not opened. A leak is space that nothing uses: harmless. An error means that "
-    "data is damaged or will be by writing.",
+    "The metadata of the image is read and compared with itself; without -r the image is not "
+    "changed, and its backing file is not opened. A leak is space that nothing uses: harmless. An "
+    "error means that data is damaged or will be by writing.",
+    "-r leaks gives lost space back. -r all repairs errors, too: reference counts, flags, damaged "
+    "or missing reference count tables, entries that point behind the end of the file, data that "
+    "shares its place with something else. What could be read before the repair reads the same "
+    "afterwards, and a repair that is killed leaves an image that is no worse. Nobody else may have "
+    "the image open meanwhile. Errors that could only be repaired by guessing stay, and are listed.",
     NULL};
 
 static const struct cli_status statuses[] = {
-    {CHECK_OK, "the image is consistent"},
+    {CHECK_OK, "the image is consistent, or is after its repair"},
     {CHECK_FAILED, "the check could not be done"},
     {CHECK_CORRUPT, "the image is corrupted"},
     {CHECK_LEAKS, "the image has leaked clusters, and is not corrupted"},
@@ -190,11 +259,13 @@ static const struct cli_status statuses[] = {
 static const struct cli_example examples[] = {
     {"strata check disk.qcow2", "Check an image."},
     {"strata check -q disk.qcow2 && echo good", "In a script."},
+    {"strata check -r leaks disk.qcow2", "Give lost space back."},
+    {"strata check -r all disk.qcow2", "Repair what can be repaired."},
     {NULL, NULL}};
 
 const struct verb verb_check = {
     .name = "check",
-    .summary = "look for damage in an image's metadata",
+    .summary = "look for damage in an image's metadata, and repair it",
     .synopsis = "FILE",
     .pos_min = 1,
     .pos_max = 1,

@@ -110,8 +110,24 @@ enum copy_range_flags {
     COPY_RANGE_SHARE = 1, /* only by sharing the blocks (reflink), which costs nothing */
 };
 
-/* What `check` found.  Counters are exact; the list of problems is bounded by the reporter. */
+/* What `check` may repair. */
+enum check_fix {
+    CHECK_FIX_LEAKS = 1,  /* give back space that nothing uses */
+    CHECK_FIX_ERRORS = 2, /* everything else that can be repaired without losing guest data */
+};
+
+/*
+ * What `check` found.  Counters are exact; the list of problems is bounded by the reporter.
+ *
+ * With `fix` (a mask of enum check_fix; the node is read-write and nobody else uses it) the problems
+ * are reported as they were met, then repaired as far as possible.  corruptions, leaks and
+ * check_errors then count what a last look still finds, corruptions_fixed and leaks_fixed what was
+ * repaired.  A program killed in the middle leaves an image that is no worse than before.  Guest
+ * data that could be read before reads the same afterwards.
+ */
 struct check_result {
+    unsigned fix; /* in: mask of enum check_fix; 0: only look */
+    uint64_t corruptions_fixed, leaks_fixed;
     uint64_t corruptions, leaks, check_errors;
     uint64_t total_clusters, allocated_clusters, fragmented_clusters, compressed_clusters;
     uint64_t image_end_offset;
@@ -244,6 +260,7 @@ struct format_ops {
     int (*amend_co)(struct node *n, const void *amend_opts, const struct amend_ctx *ctx,
                     struct err *e);
 
+    /* See struct check_result.  `fix` where nothing can be repaired: -ENOTSUP. */
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);

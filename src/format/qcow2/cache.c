@@ -370,3 +370,11 @@ void qcow2_cache_forget(struct qcow2_cache *c, uint64_t host, uint64_t length) {
         slice_kill(c, s);
     }
 }
+
+void qcow2_cache_forget_all(struct qcow2_cache *c) {
+    while (c->count) {
+        assert(!c->all[0]->pins && !c->all[0]->dirty);
+        slice_kill(c, c->all[0]);
+    }
+    memset(c->walk, 0, sizeof(c->walk));
+}

@@ -109,6 +109,8 @@ void qcow2_cache_freeze(struct qcow2_cache *c, bool refblocks_only, struct list 
 void qcow2_cache_thaw(struct qcow2_cache *c, struct qcow2_slice *s, bool ok);
 /* Forgets the slices in [host, host + length), dirty or not: the table has been given up. */
 void qcow2_cache_forget(struct qcow2_cache *c, uint64_t host, uint64_t length);
+/* Forgets every slice; none is pinned or dirty. */
+void qcow2_cache_forget_all(struct qcow2_cache *c);
 
 /* True when so much is dirty that a write-back should come before more is added. */
 static inline bool qcow2_cache_crowded(const struct qcow2_cache *c) {

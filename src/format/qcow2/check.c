@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * `check`: does every cluster have as many names as its reference count says, and does everything
- * lie where it may?  Never writes.
+ * lie where it may?  Never writes
+ * (repair.c does).
  *
  * Steps
  *   1. the stored counts are loaded out of the refcount blocks;
@@ -17,8 +18,9 @@
  * Verdict: as qemu-img check's.  Leak: stored > found.  Corruption: stored < found, COPIED flag of
  * the active tables unlike (stored == 1), unaligned, reserved bits, outside the file, a refcount
  * block that shares its cluster.  Stricter than that, because a writer would destroy something:
- * data or L2 tables that share a cluster with metadata although the counts agree, an L2 table named
- * twice in one L1 table, the zero flag or a lone COPIED flag where the version forbids it.
+ * data or L2 tables that share a cluster with metadata although the counts agree, the zero flag or
+ * a lone COPIED flag where the version forbids it.  An L2 table that several L1 entries name is
+ * walked once and counted for each.
  * Coded data is not decoded.
  */
 #include "format/qcow2/check.h"
@@ -51,9 +53,19 @@ void check_corruption(struct check *c, const char *fmt, ...) {
     va_end(ap);
 }
 
+void check_lost(struct check *c, const char *fmt, ...) {
+    va_list ap;
+    c->r->corruptions++;
+    c->incomplete = true;
+    va_start(ap, fmt);
+    report(c, false, fmt, ap);
+    va_end(ap);
+}
+
 void check_failure(struct check *c, const char *fmt, ...) {
     va_list ap;
     c->r->check_errors++;
+    c->incomplete = true;
     va_start(ap, fmt);
     report(c, false, fmt, ap);
     va_end(ap);
@@ -84,6 +96,21 @@ int check_count(struct check *c, uint64_t offset, uint64_t length, uint64_t name
     return counts_add(&c->found, first, last - first + 1, names);
 }
 
+void check_outside(struct check *c, uint64_t first, uint64_t count) {
+    uint64_t far = 2 * c->file_clusters + 65536;
+    if (first < far)
+        c->outside_near = max_u64(c->outside_near, min_u64(first + count, far) - 1);
+    if (first + count > far)
+        c->outside_far = min_u64(c->outside_far, max_u64(first, far));
+}
+
+void check_overlapped(struct check *c, uint64_t cluster, uint64_t count) {
+    if (counts_all_zero(&c->refs, cluster, count))
+        c->overlaps = true;
+    else
+        c->rebuild = true; /* which moves the counts away, and may leave nothing of the overlap */
+}
+
 int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t length, bool *ok) {
     *ok = true;
     if (!length)
@@ -91,6 +118,7 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
     if (!is_aligned(offset, c->s->cluster_size)) {
         check_corruption(c, "%s: offset %" PRIu64 " is not a multiple of the cluster size %" PRIu32,
                          what, offset, c->s->cluster_size);
+        c->incomplete = true;
         *ok = false;
         return 0;
     }
@@ -99,6 +127,7 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
                          "%s: %" PRIu64 " bytes at offset %" PRIu64
                          " reach beyond the end of the file at %" PRIu64,
                          what, length, offset, c->file_length);
+        c->incomplete = true;
         *ok = false;
         return 0;
     }
@@ -106,6 +135,7 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
     if (!counts_all_zero(&c->fixed, first, n) || !counts_all_zero(&c->l2, first, n)) {
         check_corruption(c, "%s: %" PRIu64 " bytes at offset %" PRIu64 " overlap other metadata",
                          what, length, offset);
+        check_overlapped(c, first, n);
         *ok = offset != 0; /* the header is no table; anything else may still be worth a look */
     }
     int r = counts_add(&c->fixed, first, n, 1);
@@ -140,7 +170,7 @@ static int load_words(struct check *c, const uint8_t *p, uint64_t words, uint64_
 /* `count` refcount blocks that follow one another in the file too, from table entry `first` on. */
 static int load_blocks_co(struct check *c, uint64_t first, uint64_t count) {
     struct qcow2 *s = c->s;
-    uint64_t offset = s->reftable[first], bytes = count << s->cluster_bits;
+    uint64_t offset = s->reftable[first] & QCOW2_REFTABLE_MASK, bytes = count << s->cluster_bits;
     uint64_t cluster = first << s->block_bits;
     while (bytes) {
         uint32_t some = (uint32_t)min_u64(bytes, CHECK_BUF_BYTES);
@@ -150,17 +180,32 @@ static int load_blocks_co(struct check *c, uint64_t first, uint64_t count) {
             return 0;
         }
         int r = disk_pread_co(s->file, offset, c->buf, some);
-        if (r)
+        if (r) {
             check_failure(c, "refcount block %" PRIu64 " at offset %" PRIu64 ": cannot read: %s",
                           cluster >> s->block_bits, offset, strerror(-r));
-        else if ((r = load_words(c, c->buf, some / 8, cluster)))
+            c->rebuild = true;
+        } else if ((r = load_words(c, c->buf, some / 8, cluster))) {
             return r;
+        }
         check_progress(c, some);
         offset += some;
         bytes -= some;
         cluster += (uint64_t)some * 8 >> s->refcount_order;
     }
     return 0;
+}
+
+/* As check_metadata, for the refcount table and its blocks: whatever is wrong asks for new ones. */
+static int check_refs(struct check *c, const char *what, uint64_t offset, uint64_t length,
+                      bool *ok) {
+    uint64_t before = c->r->corruptions;
+    bool incomplete = c->incomplete;
+    int r = check_metadata(c, what, offset, length, ok);
+    c->rebuild |= c->r->corruptions != before;
+    c->incomplete = incomplete; /* counts name nothing */
+    if (r || !is_aligned(offset, c->s->cluster_size) || !check_inside(c, offset, length))
+        return r;
+    return counts_add(&c->refs, offset >> c->s->cluster_bits, qcow2_clusters_for(c->s, length), 1);
 }
 
 /* The refcount table's entry is usable: its block is counted. */
@@ -174,9 +219,13 @@ static int check_block(struct check *c, uint64_t i, bool *ok) {
     if (entry & ~QCOW2_REFTABLE_MASK) {
         check_corruption(c, "refcount table entry %" PRIu64 ": 0x%" PRIx64 " has reserved bits set",
                          i, entry);
+        c->rebuild = true;
+        /* Its counts are believed all the same, and it is not counted: as others do. */
+        *ok = is_aligned(entry & QCOW2_REFTABLE_MASK, c->s->cluster_size) &&
+              check_inside(c, entry & QCOW2_REFTABLE_MASK, c->s->cluster_size);
         return 0;
     }
-    return check_metadata(c, what, entry, c->s->cluster_size, ok);
+    return check_refs(c, what, entry, c->s->cluster_size, ok);
 }
 
 static int check_refcounts_co(struct check *c) {
@@ -185,6 +234,7 @@ static int check_refcounts_co(struct check *c) {
     int r = 0;
     if (s->reftable_problem) {
         check_corruption(c, "%s", s->reftable_problem);
+        c->rebuild = true;
         return 0;
     }
     for (uint64_t i = 0; !r && i < s->reftable_entries; i++) {
@@ -229,6 +279,13 @@ static void report_difference(struct check *c, uint64_t first, uint64_t n, uint6
     c->r->report(c->r->arg, leak, text);
 }
 
+/* Clusters in use that no block counts want new structures. */
+static void note_missing_blocks(struct check *c, uint64_t first, uint64_t n) {
+    const struct qcow2 *s = c->s;
+    for (uint64_t bi = first >> s->block_bits; bi <= (first + n - 1) >> s->block_bits; bi++)
+        c->rebuild |= bi >= s->reftable_entries || !s->reftable[bi];
+}
+
 static void compare(struct check *c) {
     uint64_t at = 0;
     while ((at = counts_difference(&c->stored, &c->found, at, c->clusters)) < c->clusters) {
@@ -236,6 +293,8 @@ static void compare(struct check *c) {
         while (at + n < c->clusters && counts_get(&c->stored, at + n) == stored &&
                counts_get(&c->found, at + n) == found)
             n++;
+        if (found)
+            note_missing_blocks(c, at, n);
         report_difference(c, at, n, stored, found);
         at += n;
     }
@@ -244,70 +303,123 @@ static void compare(struct check *c) {
     c->r->image_end_offset = last == UINT64_MAX ? 0 : (last + 1) << c->s->cluster_bits;
 }
 
+/* ---- lists of tables ---- */
+
+int check_tables_add(struct check_tables *t, uint64_t offset) {
+    if (t->count == t->cap) {
+        size_t cap = t->cap ? t->cap * 2 : 1024;
+        uint64_t *grown = realloc(t->offsets, cap * sizeof(*grown));
+        if (!grown)
+            return -ENOMEM;
+        t->offsets = grown;
+        t->cap = cap;
+    }
+    t->offsets[t->count++] = offset;
+    return 0;
+}
+
+static int by_offset(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+void check_tables_sort(struct check_tables *t) {
+    if (t->count)
+        qsort(t->offsets, t->count, sizeof(*t->offsets), by_offset);
+}
+
+/* First place in the sorted list that is not below `offset`. */
+static size_t tables_from(const struct check_tables *t, uint64_t offset) {
+    size_t low = 0, high = t->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (t->offsets[middle] < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+size_t check_tables_names(const struct check_tables *t, uint64_t offset) {
+    return t->count ? tables_from(t, offset + 1) - tables_from(t, offset) : 0;
+}
+
 /* ---- all of it ---- */
 
-static int check_tables_co(struct check *c, struct check_inactive *inactive) {
+static int check_tables_co(struct check *c) {
     struct qcow2 *s = c->s;
     bool ok;
     int r = check_metadata(c, "header", 0, s->cluster_size, &ok);
-    if (!r && !s->reftable_problem)
-        r = check_metadata(c, "refcount table", s->h.refcount_table_offset,
-                           (uint64_t)s->h.refcount_table_clusters << s->cluster_bits, &ok);
+    if (!r && !s->reftable_problem && !c->without_refs)
+        r = check_refs(c, "refcount table", s->h.refcount_table_offset,
+                       (uint64_t)s->h.refcount_table_clusters << s->cluster_bits, &ok);
     if (!r && !s->l1_problem)
         r = check_metadata(c, "L1 table", s->h.l1_table_offset, (uint64_t)s->l1_entries * 8, &ok);
-    if (!r)
+    if (!r && !c->without_refs)
         r = check_refcounts_co(c);
     if (!r)
-        r = check_snapshots_co(c, inactive);
+        r = check_snapshots_co(c);
     if (!r)
         r = check_bitmaps_co(c);
     if (!r)
         r = check_l1_entries_co(c);
     if (!r)
         r = check_active_l2_co(c);
-    return r ? r : check_inactive_co(c, inactive);
+    return r ? r : check_inactive_co(c);
 }
 
 static int check_init(struct check *c) {
     struct qcow2 *s = c->s;
+    struct counts *all[] = {&c->stored, &c->found, &c->fixed, &c->l2, &c->refs};
+    int r = 0;
     c->file_length = align_up(s->file->size, 512);
     c->file_clusters = c->clusters = qcow2_clusters_for(s, c->file_length);
+    c->outside_far = UINT64_MAX;
     c->total = ((uint64_t)s->reftable_entries + s->l1_entries) << s->cluster_bits;
-    int r = counts_init(&c->stored, c->file_clusters + 1);
-    if (!r)
-        r = counts_init(&c->found, c->file_clusters + 1);
-    if (!r)
-        r = counts_init(&c->fixed, c->file_clusters + 1);
-    if (!r)
-        r = counts_init(&c->l2, c->file_clusters + 1);
+    for (size_t i = 0; !r && i < sizeof(all) / sizeof(all[0]); i++)
+        r = counts_init(all[i], c->file_clusters + 1);
     c->l1_skip = calloc(s->l1_entries / 64 + 1, sizeof(*c->l1_skip));
     c->buf = buf_get(CHECK_BUF_BYTES);
     return r ? r : c->l1_skip && c->buf ? 0 : -ENOMEM;
 }
 
-int qcow2_check_co(struct node *n, struct check_result *result, struct err *e) {
-    struct check c = {.s = qcow2_of(n), .r = result};
-    struct check_inactive inactive = {0};
-    result->total_clusters = qcow2_clusters_for(c.s, c.s->h.size);
-    int r = check_init(&c);
+int check_pass_co(struct check *c, struct err *e) {
+    c->r->total_clusters = qcow2_clusters_for(c->s, c->s->h.size);
+    int r = check_init(c);
     if (!r)
-        r = check_tables_co(&c, &inactive);
+        r = check_tables_co(c);
     if (!r) {
-        compare(&c);
-        if (result->progress)
-            result->progress(result->arg, c.total, c.total);
+        if (!c->without_refs)
+            compare(c);
+        if (c->r->progress)
+            c->r->progress(c->r->arg, c->total, c->total);
     } else if (r == -EFBIG) {
         err_set(e, EFBIG, "the file has %" PRIu64 " clusters, above the limit of %" PRIu64,
-                c.file_clusters, COUNTS_CLUSTERS_MAX - 1);
+                c->file_clusters, COUNTS_CLUSTERS_MAX - 1);
     } else {
         err_errno(e, -r, "checking");
     }
-    buf_put(c.buf, CHECK_BUF_BYTES);
-    free(inactive.offsets);
-    free(c.l1_skip);
-    counts_free(&c.stored);
-    counts_free(&c.found);
-    counts_free(&c.fixed);
-    counts_free(&c.l2);
+    return r;
+}
+
+void check_end(struct check *c) {
+    buf_put(c->buf, CHECK_BUF_BYTES);
+    free(c->inactive.offsets);
+    free(c->twice.offsets);
+    free(c->l1_skip);
+    counts_free(&c->stored);
+    counts_free(&c->found);
+    counts_free(&c->fixed);
+    counts_free(&c->l2);
+    counts_free(&c->refs);
+}
+
+int qcow2_check_co(struct node *n, struct check_result *result, struct err *e) {
+    struct check c = {.s = qcow2_of(n), .r = result};
+    if (result->fix)
+        return qcow2_repair_co(n, result, e);
+    int r = check_pass_co(&c, e);
+    check_end(&c);
     return r;
 }

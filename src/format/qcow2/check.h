@@ -11,6 +11,11 @@
 
 #define CHECK_BUF_BYTES ((uint32_t)MIB)
 
+struct check_tables {
+    uint64_t *offsets;
+    size_t count, cap;
+};
+
 struct check {
     struct qcow2 *s;
     struct check_result *r;
@@ -21,11 +26,24 @@ struct check {
      * cluster beyond the end of the file (a table's or a code's last cluster is not padded).
      */
     uint64_t clusters;
-    struct counts stored; /* what the image's refcount blocks say */
-    struct counts found;  /* names that were met */
-    struct counts fixed;  /* clusters of metadata other than L2 tables */
-    struct counts l2;     /* clusters of L2 tables, of snapshots too */
-    uint64_t *l1_skip;    /* bitmap: L1 entries whose table is not to be walked */
+    struct counts stored;      /* what the image's refcount blocks say */
+    struct counts found;       /* names that were met */
+    struct counts fixed;       /* clusters of metadata other than L2 tables */
+    struct counts l2;          /* clusters of L2 tables, of snapshots too */
+    struct counts refs;        /* clusters of the refcount table and its blocks, also in `fixed` */
+    uint64_t *l1_skip;         /* bitmap: L1 entries whose table is not to be walked */
+    struct check_tables twice; /* active L2 tables once more for each further L1 entry, sorted */
+    struct check_tables inactive; /* L2 tables that snapshots name, as often as they do, sorted */
+    bool without_refs; /* the refcount structures are neither counted nor read: before a rebuild */
+    /* What the walk learned for a repair. */
+    bool incomplete; /* a table could not be followed: what it names is not counted */
+    bool rebuild;    /* refcount structures are damaged, missing, or share a cluster */
+    bool overlaps;   /* data in clusters of metadata */
+    /*
+     * Names outside the file, by cluster: the highest one near its end, and the lowest one far off.
+     * Nothing new may be put where they point.
+     */
+    uint64_t outside_near, outside_far;
     uint64_t done, total; /* progress, in bytes of tables */
     uint64_t shown;
     uint8_t *buf; /* CHECK_BUF_BYTES, of whoever walks */
@@ -33,6 +51,8 @@ struct check {
 
 /* Counts and reports one problem; the text says what, where, found and expected. */
 void check_corruption(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The same, and what it names can no longer be known: c->incomplete. */
+void check_lost(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Something that could not be examined: read errors. */
 void check_failure(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void check_progress(struct check *c, uint64_t bytes);
@@ -47,18 +67,28 @@ int check_count(struct check *c, uint64_t offset, uint64_t length, uint64_t name
  */
 int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t length, bool *ok);
 
+int check_tables_add(struct check_tables *t, uint64_t offset); /* -ENOMEM */
+void check_tables_sort(struct check_tables *t);
+/* How often a sorted list names the table. */
+size_t check_tables_names(const struct check_tables *t, uint64_t offset);
+
+/* One pass: c->s and c->r are set, all else is zero.  c stays readable until check_end(). */
+int check_pass_co(struct check *c, struct err *e);
+void check_end(struct check *c);
+
+/* Entries name clusters [first, +count), which are outside the file. */
+void check_outside(struct check *c, uint64_t first, uint64_t count);
+/* Notes what it means that data or tables lie in these clusters of metadata. */
+void check_overlapped(struct check *c, uint64_t cluster, uint64_t count);
+
 /* check_l2.c */
 int check_l1_entries_co(struct check *c); /* names of L2 tables, before they are walked */
 int check_active_l2_co(struct check *c);  /* the active tables: everything */
 int check_inactive_l2_co(struct check *c, uint64_t offset, uint64_t names, bool quiet);
 
 /* check_extra.c */
-struct check_inactive { /* L2 tables that snapshots name */
-    uint64_t *offsets;
-    size_t count, cap;
-};
-int check_snapshots_co(struct check *c, struct check_inactive *in);
-int check_inactive_co(struct check *c, struct check_inactive *in);
+int check_snapshots_co(struct check *c);
+int check_inactive_co(struct check *c);
 int check_bitmaps_co(struct check *c);
 
 #endif

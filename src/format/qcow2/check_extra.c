@@ -33,50 +33,45 @@ enum {
 
 /* ---- snapshots ---- */
 
-static int inactive_add(struct check_inactive *in, uint64_t offset) {
-    if (in->count == in->cap) {
-        size_t cap = in->cap ? in->cap * 2 : 1024;
-        uint64_t *grown = realloc(in->offsets, cap * sizeof(*grown));
-        if (!grown)
-            return -ENOMEM;
-        in->offsets = grown;
-        in->cap = cap;
-    }
-    in->offsets[in->count++] = offset;
-    return 0;
-}
-
-static int inactive_entry(struct check *c, struct check_inactive *in, uint64_t entry,
-                          const char *what, uint64_t i) {
+static int inactive_entry(struct check *c, uint64_t entry, const char *what, uint64_t i) {
     uint64_t offset = entry & QCOW2_OFFSET_MASK, cluster = offset >> c->s->cluster_bits;
     if (!entry)
         return 0;
     if (entry & ~(QCOW2_OFFSET_MASK | QCOW2_COPIED))
         check_corruption(c, "%s: entry %" PRIu64 ": 0x%" PRIx64 " has reserved bits set", what, i,
                          entry);
-    if (!offset || !is_aligned(offset, c->s->cluster_size) ||
-        !check_inside(c, offset, c->s->cluster_size) || counts_get(&c->fixed, cluster)) {
-        check_corruption(c,
-                         "%s: entry %" PRIu64 ": L2 table at offset %" PRIu64
-                         " is unaligned, outside the file or inside other metadata",
-                         what, i, offset);
+    if (!offset || !is_aligned(offset, c->s->cluster_size)) {
+        check_lost(c, "%s: entry %" PRIu64 ": L2 table at offset %" PRIu64 " is %s", what, i,
+                   offset, offset ? "not at the start of a cluster" : "the header");
         return 0;
+    }
+    if (!check_inside(c, offset, c->s->cluster_size)) {
+        check_corruption(
+            c, "%s: entry %" PRIu64 ": L2 table at offset %" PRIu64 " is outside the file", what, i,
+            offset);
+        return 0;
+    }
+    if (counts_get(&c->fixed, cluster)) {
+        check_lost(c,
+                   "%s: entry %" PRIu64 ": L2 table at offset %" PRIu64 " overlaps other metadata",
+                   what, i, offset);
+        check_overlapped(c, cluster, 1);
+        return check_count(c, offset, c->s->cluster_size, 1);
     }
     /* By twos: check_l1_entry tells its own marks by the lowest bit. */
     int r = counts_get(&c->l2, cluster) ? 0 : counts_add(&c->l2, cluster, 1, 2);
     if (!r)
         r = check_count(c, offset, c->s->cluster_size, 1);
-    return r ? r : inactive_add(in, offset);
+    return r ? r : check_tables_add(&c->inactive, offset);
 }
 
-static int snapshot_l1_co(struct check *c, struct check_inactive *in, uint32_t number,
-                          uint64_t offset, uint64_t entries) {
+static int snapshot_l1_co(struct check *c, uint32_t number, uint64_t offset, uint64_t entries) {
     char what[64];
     bool ok;
     snprintf(what, sizeof(what), "L1 table of snapshot %" PRIu32, number);
     if (entries > QCOW2_L1_BYTES_MAX / 8) {
-        check_corruption(c, "%s: %" PRIu64 " entries are above the limit of %d", what, entries,
-                         QCOW2_L1_BYTES_MAX / 8);
+        check_lost(c, "%s: %" PRIu64 " entries are above the limit of %d", what, entries,
+                   QCOW2_L1_BYTES_MAX / 8);
         return 0;
     }
     int r = check_metadata(c, what, offset, entries * 8, &ok);
@@ -90,12 +85,12 @@ static int snapshot_l1_co(struct check *c, struct check_inactive *in, uint32_t n
             return 0;
         }
         for (uint64_t k = 0; !r && k < some; k++)
-            r = inactive_entry(c, in, be64_load(c->buf + k * 8), what, i + k);
+            r = inactive_entry(c, be64_load(c->buf + k * 8), what, i + k);
     }
     return r;
 }
 
-int check_snapshots_co(struct check *c, struct check_inactive *in) {
+int check_snapshots_co(struct check *c) {
     const struct qcow2_header *h = &c->s->h;
     uint64_t pos = h->snapshots_offset;
     uint8_t fixed[SNAPSHOT_FIXED];
@@ -104,16 +99,16 @@ int check_snapshots_co(struct check *c, struct check_inactive *in) {
     if (!h->nb_snapshots)
         return 0;
     if (qcow2_header_check_snapshots(h, &e)) {
-        check_corruption(c, "%s", err_text(&e));
+        check_lost(c, "%s", err_text(&e));
         return 0;
     }
     for (uint32_t i = 0; i < h->nb_snapshots; i++) {
         pos = align_up(pos, 8);
         if (pos >= c->file_length || c->file_length - pos < SNAPSHOT_FIXED) {
-            check_corruption(c,
-                             "snapshot table: snapshot %" PRIu32 " of %" PRIu32
-                             " at offset %" PRIu64 " is outside the file, which ends at %" PRIu64,
-                             i + 1, h->nb_snapshots, pos, c->file_length);
+            check_lost(c,
+                       "snapshot table: snapshot %" PRIu32 " of %" PRIu32 " at offset %" PRIu64
+                       " is outside the file, which ends at %" PRIu64,
+                       i + 1, h->nb_snapshots, pos, c->file_length);
             return 0;
         }
         int r = disk_pread_co(c->s->file, pos, fixed, sizeof(fixed));
@@ -124,10 +119,10 @@ int check_snapshots_co(struct check *c, struct check_inactive *in) {
         }
         uint32_t extra = be32_load(fixed + 36);
         if (extra > SNAPSHOT_EXTRA_MAX) {
-            check_corruption(c,
-                             "snapshot table: snapshot %" PRIu32 " has %" PRIu32
-                             " bytes of extra data, above the limit of %d",
-                             i + 1, extra, SNAPSHOT_EXTRA_MAX);
+            check_lost(c,
+                       "snapshot table: snapshot %" PRIu32 " has %" PRIu32
+                       " bytes of extra data, above the limit of %d",
+                       i + 1, extra, SNAPSHOT_EXTRA_MAX);
             return 0;
         }
         if (h->version >= 3 && extra < SNAPSHOT_EXTRA_V3)
@@ -135,7 +130,7 @@ int check_snapshots_co(struct check *c, struct check_inactive *in) {
                              "snapshot table: snapshot %" PRIu32 " has %" PRIu32
                              " bytes of extra data, and version 3 wants %d",
                              i + 1, extra, SNAPSHOT_EXTRA_V3);
-        r = snapshot_l1_co(c, in, i + 1, be64_load(fixed), be32_load(fixed + 8));
+        r = snapshot_l1_co(c, i + 1, be64_load(fixed), be32_load(fixed + 8));
         if (r)
             return r;
         pos += SNAPSHOT_FIXED + extra + be16_load(fixed + 12) + be16_load(fixed + 14);
@@ -143,14 +138,9 @@ int check_snapshots_co(struct check *c, struct check_inactive *in) {
     return check_metadata(c, "snapshot table", h->snapshots_offset, pos - h->snapshots_offset, &ok);
 }
 
-static int by_offset(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-int check_inactive_co(struct check *c, struct check_inactive *in) {
-    if (in->count)
-        qsort(in->offsets, in->count, sizeof(*in->offsets), by_offset);
+int check_inactive_co(struct check *c) {
+    const struct check_tables *in = &c->inactive;
+    check_tables_sort(&c->inactive);
     for (size_t i = 0; i < in->count;) {
         size_t n = 1;
         while (i + n < in->count && in->offsets[i + n] == in->offsets[i])
@@ -171,8 +161,8 @@ static int bitmap_table_co(struct check *c, uint32_t number, uint64_t offset, ui
     bool ok;
     snprintf(what, sizeof(what), "table of bitmap %" PRIu32, number);
     if (entries > BITMAP_TABLE_BYTES_MAX / 8) {
-        check_corruption(c, "%s: %" PRIu64 " entries are above the limit of %d", what, entries,
-                         BITMAP_TABLE_BYTES_MAX / 8);
+        check_lost(c, "%s: %" PRIu64 " entries are above the limit of %d", what, entries,
+                   BITMAP_TABLE_BYTES_MAX / 8);
         return 0;
     }
     int r = check_metadata(c, what, offset, entries * 8, &ok);
@@ -224,8 +214,8 @@ static int bitmap_entry_co(struct check *c, uint32_t number, uint64_t *pos, uint
     uint8_t entry[BITMAP_FIXED];
     *ok = false;
     if (end - *pos < BITMAP_FIXED) {
-        check_corruption(c, "bitmap directory: its %" PRIu64 " bytes end before bitmap %" PRIu32,
-                         c->s->h.bitmaps_dir_size, number);
+        check_lost(c, "bitmap directory: its %" PRIu64 " bytes end before bitmap %" PRIu32,
+                   c->s->h.bitmaps_dir_size, number);
         return 0;
     }
     int r = disk_pread_co(c->s->file, *pos, entry, sizeof(entry));
@@ -237,7 +227,7 @@ static int bitmap_entry_co(struct check *c, uint32_t number, uint64_t *pos, uint
     uint64_t length = BITMAP_FIXED + (uint64_t)be16_load(entry + 18) + be32_load(entry + 20);
     length = align_up(length, 8);
     if (length > end - *pos) {
-        check_corruption(
+        check_lost(
             c, "bitmap directory: bitmap %" PRIu32 " of %" PRIu64 " bytes reaches beyond its end",
             number, length);
         return 0;
@@ -246,7 +236,7 @@ static int bitmap_entry_co(struct check *c, uint32_t number, uint64_t *pos, uint
     *ok = true;
     const char *flaw = bitmap_flaw(c, entry);
     if (flaw) {
-        check_corruption(c, "bitmap %" PRIu32 ": %s", number, flaw);
+        check_lost(c, "bitmap %" PRIu32 ": %s", number, flaw);
         return 0;
     }
     return bitmap_table_co(c, number, be64_load(entry), be32_load(entry + 8));
@@ -261,10 +251,10 @@ int check_bitmaps_co(struct check *c) {
         return 0;
     if (!h->bitmaps_count || h->bitmaps_count > BITMAPS_MAX ||
         !ck_add(pos, h->bitmaps_dir_size, &end)) {
-        check_corruption(c,
-                         "bitmap directory: %" PRIu32 " bitmaps in %" PRIu64
-                         " bytes, where 1 to %d are possible",
-                         h->bitmaps_count, h->bitmaps_dir_size, BITMAPS_MAX);
+        check_lost(c,
+                   "bitmap directory: %" PRIu32 " bitmaps in %" PRIu64
+                   " bytes, where 1 to %d are possible",
+                   h->bitmaps_count, h->bitmaps_dir_size, BITMAPS_MAX);
         return 0;
     }
     int r = check_metadata(c, "bitmap directory", pos, h->bitmaps_dir_size, &ok);

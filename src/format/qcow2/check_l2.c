@@ -23,7 +23,7 @@ static void skip_entry(struct check *c, uint64_t i) {
 
 static void check_l1_copied(struct check *c, uint64_t i, uint64_t entry, uint64_t cluster) {
     uint64_t stored = counts_get(&c->stored, cluster);
-    if ((stored == 1) != !!(entry & QCOW2_COPIED))
+    if (!c->without_refs && (stored == 1) != !!(entry & QCOW2_COPIED))
         check_corruption(c,
                          "L1 entry %" PRIu64 ": 0x%" PRIx64 " has the COPIED flag %s, but the "
                          "reference count of its L2 table is %" PRIu64,
@@ -34,6 +34,7 @@ static int check_l1_entry(struct check *c, uint64_t i) {
     struct qcow2 *s = c->s;
     uint64_t entry = s->l1[i], offset = entry & QCOW2_OFFSET_MASK;
     uint64_t cluster = offset >> s->cluster_bits;
+    int r = 0;
     if (!entry) {
         skip_entry(c, i);
         return 0;
@@ -46,35 +47,36 @@ static int check_l1_entry(struct check *c, uint64_t i) {
                          !offset                                ? "the header"
                          : !is_aligned(offset, s->cluster_size) ? "not at the start of a cluster"
                                                                 : "outside the file");
+        /* Behind the end a table reads as zeros, so nothing is lost there. */
+        c->incomplete |= !offset || !is_aligned(offset, s->cluster_size);
         skip_entry(c, i);
         return 0;
     }
     if (counts_get(&c->fixed, cluster)) {
-        check_corruption(
-            c, "L1 entry %" PRIu64 ": L2 table at offset %" PRIu64 " overlaps other metadata", i,
-            offset);
-        skip_entry(c, i);
-    } else if (counts_get(&c->l2, cluster) & 1) { /* odd: named by the active L1 table before */
-        check_corruption(c,
-                         "L1 entry %" PRIu64 ": L2 table at offset %" PRIu64
-                         " belongs to another L1 entry already",
-                         i, offset);
+        check_lost(c,
+                   "L1 entry %" PRIu64 ": L2 table at offset %" PRIu64 " overlaps other metadata",
+                   i, offset);
+        check_overlapped(c, cluster, 1);
         skip_entry(c, i);
     } else {
-        int r = counts_add(&c->l2, cluster, 1, 1);
-        if (r)
-            return r;
         check_l1_copied(c, i, entry, cluster);
+        if (counts_get(&c->l2, cluster) & 1) { /* odd: named by the active L1 table before */
+            skip_entry(c, i);
+            r = check_tables_add(&c->twice, offset);
+        } else {
+            r = counts_add(&c->l2, cluster, 1, 1);
+        }
     }
-    return check_count(c, offset, s->cluster_size, 1);
+    return r ? r : check_count(c, offset, s->cluster_size, 1);
 }
 
 int check_l1_entries_co(struct check *c) {
     int r = 0;
     if (c->s->l1_problem)
-        check_corruption(c, "%s", c->s->l1_problem);
+        check_lost(c, "%s", c->s->l1_problem);
     for (uint64_t i = 0; !r && i < c->s->l1_entries; i++)
         r = check_l1_entry(c, i);
+    check_tables_sort(&c->twice);
     return r;
 }
 
@@ -95,7 +97,7 @@ struct l2_walk {
 static void check_copied(struct l2_walk *w, uint64_t first) {
     struct check *c = w->c;
     bool copied = w->run_entry & QCOW2_COPIED;
-    if (copied && counts_all_one(&c->stored, first, w->run))
+    if (c->without_refs || (copied && counts_all_one(&c->stored, first, w->run)))
         return;
     for (uint64_t k = 0; k < w->run; k++) {
         uint64_t stored = counts_get(&c->stored, first + k);
@@ -115,6 +117,7 @@ static void check_overlap(struct l2_walk *w, uint64_t guest, uint64_t first, uin
     struct check *c = w->c;
     if (w->quiet || (counts_all_zero(&c->fixed, first, n) && counts_all_zero(&c->l2, first, n)))
         return;
+    check_overlapped(c, first, n);
     for (uint64_t k = 0; k < n; k++)
         if (counts_get(&c->fixed, first + k) || counts_get(&c->l2, first + k))
             check_corruption(c,
@@ -134,11 +137,13 @@ static int run_end(struct l2_walk *w) {
     if (!n)
         return 0;
     if (w->active) {
-        c->r->allocated_clusters += n;
-        c->r->fragmented_clusters += w->next && w->next != offset;
+        c->r->allocated_clusters += n * w->names;
+        c->r->fragmented_clusters += w->next && w->next != offset ? w->names : 0;
         w->next = offset + (n << c->s->cluster_bits);
     }
     uint64_t inside = first < c->file_clusters ? min_u64(n, c->file_clusters - first) : 0;
+    if (inside < n)
+        check_outside(c, first + inside, n - inside);
     for (uint64_t k = inside; k < n && !w->quiet; k++)
         check_corruption(c,
                          "L2 entry for guest offset %" PRIu64 ": its cluster at offset %" PRIu64
@@ -161,9 +166,9 @@ static int check_coded(struct l2_walk *w, uint64_t entry) {
     uint32_t length;
     qcow2_coded_decode(c->s->cluster_bits, entry, &host, &length);
     if (w->active) {
-        c->r->allocated_clusters++;
-        c->r->compressed_clusters++;
-        c->r->fragmented_clusters++;
+        c->r->allocated_clusters += w->names;
+        c->r->compressed_clusters += w->names;
+        c->r->fragmented_clusters += w->names;
     }
     if (entry & QCOW2_COPIED && !w->quiet)
         check_corruption(c,
@@ -171,6 +176,7 @@ static int check_coded(struct l2_walk *w, uint64_t entry) {
                          " is compressed and must not have the COPIED flag",
                          w->guest, entry);
     if (!check_inside(c, host, length)) {
+        check_outside(c, host >> c->s->cluster_bits, 3);
         if (!w->quiet)
             check_corruption(c,
                              "L2 entry for guest offset %" PRIu64
@@ -215,10 +221,11 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
                              "L2 entry for guest offset %" PRIu64 ": offset %" PRIu64
                              " is not a multiple of the cluster size %" PRIu32,
                              w->guest, offset, c->s->cluster_size);
-        c->r->allocated_clusters += w->active;
-        return check_inside(c, offset, c->s->cluster_size)
-                   ? check_count(c, offset, c->s->cluster_size, w->names)
-                   : 0;
+        c->r->allocated_clusters += w->active ? w->names : 0;
+        if (check_inside(c, offset, c->s->cluster_size))
+            return check_count(c, offset, c->s->cluster_size, w->names);
+        check_outside(c, offset >> c->s->cluster_bits, 2);
+        return 0;
     }
     w->run_entry = entry;
     w->run_guest = w->guest;
@@ -324,9 +331,10 @@ int check_active_l2_co(struct check *c) {
         }
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, n = 1;
         while (i + n < s->l1_entries && !(c->l1_skip[(i + n) / 64] >> (i + n) % 64 & 1) &&
-               (s->l1[i + n] & QCOW2_OFFSET_MASK) == offset + (n << s->cluster_bits))
+               (s->l1[i + n] & QCOW2_OFFSET_MASK) == offset + (n << s->cluster_bits) &&
+               !c->twice.count)
             n++;
-        struct l2_walk w = {.active = true, .names = 1};
+        struct l2_walk w = {.active = true, .names = 1 + check_tables_names(&c->twice, offset)};
         r = walk_tables_co(c, i, n, offset, &w);
         i += n;
     }

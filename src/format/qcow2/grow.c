@@ -153,7 +153,7 @@ static int write_blocks_co(struct qcow2 *s, const struct new_table *t) {
     return r;
 }
 
-static int name_table_co(struct qcow2 *s, uint64_t host, uint64_t clusters) {
+int qcow2_reftable_name_co(struct qcow2 *s, uint64_t host, uint64_t clusters) {
     uint8_t field[12]; /* offset and clusters stand side by side: one write */
     be64_store(field, host);
     be32_store(field + 8, (uint32_t)clusters);
@@ -165,7 +165,7 @@ static int name_table_co(struct qcow2 *s, uint64_t host, uint64_t clusters) {
 
 /* Writes everything that the new table depends on, the table, then the header that names it. */
 static int switch_table_co(struct qcow2 *s, const struct new_table *t) {
-    int r = PLANTED(REFTABLE_NAMED_EARLY) ? name_table_co(s, t->host, t->clusters)
+    int r = PLANTED(REFTABLE_NAMED_EARLY) ? qcow2_reftable_name_co(s, t->host, t->clusters)
                                           : qcow2_write_refblocks_co(s);
     if (!r)
         r = write_blocks_co(s, t);
@@ -176,9 +176,9 @@ static int switch_table_co(struct qcow2 *s, const struct new_table *t) {
     if (r < 0)
         return r;
     /* A crash before this leaves the old table in force and the new clusters unused. */
-    r = name_table_co(s, t->host, t->clusters);
+    r = qcow2_reftable_name_co(s, t->host, t->clusters);
     if (r < 0) /* who knows which one storage holds: the old one must stay right */
-        name_table_co(s, s->h.refcount_table_offset, s->h.refcount_table_clusters);
+        qcow2_reftable_name_co(s, s->h.refcount_table_offset, s->h.refcount_table_clusters);
     return r;
 }
 

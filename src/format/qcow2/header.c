@@ -515,14 +515,9 @@ int qcow2_header_check_features(const struct qcow2_header *h, bool rw, bool chec
                        h->crypt_method == QCOW2_CRYPT_AES ? "AES-CBC" : "LUKS");
     if (!rw || check)
         return 0;
-    if (h->incompatible & QCOW2_INCOMPAT_DIRTY) {
-        err_set(e, EROFS, "image was not closed cleanly (dirty bit) and is refused for writing");
-        err_hint(e, "rebuild its reference counts first: qemu-img check -r all");
-        return -EROFS;
-    }
     if (h->incompatible & QCOW2_INCOMPAT_CORRUPT) {
         err_set(e, EROFS, "image is marked corrupt and is refused for writing");
-        err_hint(e, "repair it first: qemu-img check -r all");
+        err_hint(e, "repair it first: strata check -r all; reading is possible");
         return -EROFS;
     }
     return 0;

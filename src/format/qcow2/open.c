@@ -166,12 +166,26 @@ static int clear_autoclear_co(struct qcow2 *s, struct err *e) {
     return 0;
 }
 
-static int make_writable_co(struct qcow2 *s, struct err *e) {
-    bool check = s->node->flags & NODE_CHECK;
-    int r = qcow2_header_check_features(&s->h, true, check, e);
+/* Under NODE_CHECK from here on: damage is repaired where it can be, else refused. */
+static int mend_co(struct qcow2 *s, struct err *e) {
+    s->node->flags |= NODE_CHECK;
+    int r = check_reftable(s, e);
     if (!r)
         r = load_reftable_co(s, e);
     if (!r)
+        r = qcow2_mend_dirty_co(s, e);
+    s->node->flags &= ~(unsigned)NODE_CHECK;
+    return r;
+}
+
+static int make_writable_co(struct qcow2 *s, struct err *e) {
+    bool check = s->node->flags & NODE_CHECK;
+    int r = qcow2_header_check_features(&s->h, true, check, e);
+    if (!r && !check && s->h.incompatible & QCOW2_INCOMPAT_DIRTY)
+        r = mend_co(s, e);
+    if (!r)
+        r = load_reftable_co(s, e);
+    if (!r && !check) /* a repair writes to the storage alone */
         r = qcow2_meta_build_co(s, e);
     if (!r && !check)
         r = clear_autoclear_co(s, e);
@@ -207,7 +221,7 @@ static int open_map_co(struct node *n, struct err *e) {
     r = qcow2_header_check_features(&s->h, rw, check, e);
     if (!r)
         r = load_l1_co(s, e);
-    if (!r)
+    if (!r && !(rw && !check && s->h.incompatible & QCOW2_INCOMPAT_DIRTY)) /* else mend_co does */
         r = check_reftable(s, e);
     if (!r && !check)
         r = qcow2_header_check_snapshots(&s->h, e);

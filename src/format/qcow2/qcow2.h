@@ -17,7 +17,9 @@
  *      flush.c      the ordered write-back of everything dirty
  *      resize.c     growth, shrinking
  *      amend.c      other options for an image: version, widths; amend_counts.c, amend_zero.c
- *      check.c codec.c create.c measure.c describe.c
+ *      marks.c      the dirty and corrupt bits
+ *      check*.c counts.c repair*.c
+ *      codec.c create.c measure.c describe.c
  *
  * Invariants
  *  1. In memory `l1` and `reftable` are whole and in host byte order; on disk they follow only
@@ -93,6 +95,9 @@ struct qcow2 {
     uint32_t reftable_entries;
     uint64_t *reftable_dirty; /* bitmap, one bit an entry */
     uint32_t reftable_dirty_count;
+
+    bool corrupt;        /* damage was met while writing, see marks.c */
+    bool corrupt_stored; /* and storage knows */
 
     /* NODE_CHECK opens only: why a table was not loaded (entries = 0 then); NULL: it was */
     char *l1_problem, *reftable_problem;
@@ -255,6 +260,8 @@ void qcow2_limbo_free(struct qcow2_limbo *l);
 /* ---- grow.c ---- */
 /* Makes the refcount block for block index `bi` (and a larger table); 0 also when it exists. */
 int qcow2_grow_block_co(struct qcow2 *s, uint64_t bi);
+/* Makes the header name another refcount table, in one write, and flushes. */
+int qcow2_reftable_name_co(struct qcow2 *s, uint64_t host, uint64_t clusters);
 /* `clusters` contiguous ones behind everything that is covered, blocks for them included. */
 int qcow2_grow_area_co(struct qcow2 *s, uint64_t clusters, uint64_t *host);
 
@@ -345,6 +352,23 @@ int qcow2_measure(const void *create_opts, const struct measure_in *in, struct m
 
 /* ---- check.c ---- */
 int qcow2_check_co(struct node *n, struct check_result *r, struct err *e);
+
+/* ---- marks.c: the dirty and corrupt bits ---- */
+/* Writes the header's incompatible feature bits, and flushes. */
+int qcow2_incompatible_write_co(struct qcow2 *s, uint64_t bits);
+/* An image with the dirty bit, open read-write under NODE_CHECK: repaired, or an error. */
+int qcow2_mend_dirty_co(struct qcow2 *s, struct err *e);
+/*
+ * Damage was met that makes writing dangerous: nothing more is written but what has been
+ * acknowledged; reading goes on.  Says so once.  The mark on storage follows with
+ * qcow2_corrupt_store_co, which returns -EIO.
+ */
+void qcow2_corrupt(struct qcow2 *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+int qcow2_corrupt_store_co(struct qcow2 *s);
+
+/* ---- repair.c ---- */
+/* check with r->fix; the node is read-write, and its cache holds nothing dirty. */
+int qcow2_repair_co(struct node *n, struct check_result *r, struct err *e);
 
 /* ---- describe.c ---- */
 json_t *qcow2_describe(struct node *n);

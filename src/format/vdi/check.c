@@ -83,6 +83,8 @@ static int walk_map_co(struct walk *w) {
 
 int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
     struct vdi *s = vdi_of(n);
+    if (r->fix)
+        return err_set(e, ENOTSUP, "images of format 'vdi' cannot be repaired");
     uint64_t room = s->file->size > s->h.data_offset ? s->file->size - s->h.data_offset : 0;
     struct walk w = {.s = s, .r = r};
     int rc = seen_init(
