@@ -19,6 +19,7 @@
 #include "base/err.h"
 #include "base/list.h"
 #include "base/version.h"
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -261,7 +262,9 @@ int strata_open(struct strata *s, const char *name, const struct strata_open_opt
 
 static int do_close(void *arg, struct err *e) {
     struct strata_disk *d = arg;
-    int r = disk_flush_co(d->node);
+    int r = bitmap_store_co(d->node, e);
+    int r2 = disk_flush_co(d->node);
+    r = r < 0 ? r : r2;
     disk_close_co(d);
     return r;
 }

@@ -88,11 +88,15 @@ static int store_value(struct verb_ctx *ctx, const struct cli_opt *o, const char
     case CLI_T_STR:
         *(const char **)field(o, ctx) = value;
         return 0;
-    case CLI_T_LIST: {
+    case CLI_T_LIST:
+    case CLI_T_STEP: {
         struct cli_list *l = field(o, ctx);
         if (!l->v)
-            l->v = xcalloc(argc, sizeof(l->v[0]));
-        l->v[l->n++] = value;
+            l->v = xcalloc((size_t)argc * 2, sizeof(l->v[0]));
+        if (o->type == CLI_T_STEP)
+            l->v[l->n++] = o->name;
+        if (value)
+            l->v[l->n++] = value;
         return 0;
     }
     case CLI_T_ENUM:
@@ -116,6 +120,10 @@ static int store(struct verb_ctx *ctx, const struct cli_opt *o, const char *show
 }
 
 /* ---- options ---- */
+
+static bool takes_value(const struct cli_opt *o) {
+    return o->type == CLI_T_STEP ? o->metavar != NULL : o->type != CLI_T_FLAG;
+}
 
 struct cursor {
     int argc, i;
@@ -172,7 +180,7 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     if (!row)
         return unknown_long(ctx, name);
     char *shown AUTO_FREE = xasprintf("--%s", name), *value = NULL;
-    if (row->type == CLI_T_FLAG) {
+    if (!takes_value(row)) {
         if (eq)
             return err_set(&ctx->err, EINVAL, "option '%s' takes no value", shown);
     } else {
@@ -205,7 +213,7 @@ static int parse_letters(struct verb_ctx *ctx, struct cursor *c) {
             return rc;
         }
         char shown[3] = {'-', *p, 0}, *value = NULL;
-        if (row->type != CLI_T_FLAG) {
+        if (takes_value(row)) {
             int rc = take_value(ctx, c, row, shown, p[1] ? p + 1 : NULL, &value);
             if (rc < 0)
                 return rc;
@@ -266,8 +274,8 @@ int cli_parse(struct verb_ctx *ctx, int argc, char **argv, bool *help) {
 }
 
 void cli_parse_free(struct verb_ctx *ctx) {
-    for_each_row(o, ctx->verb) if (o->type == CLI_T_LIST && ctx->args)
-        free(((struct cli_list *)field(o, ctx))->v);
+    for_each_row(o, ctx->verb) if ((o->type == CLI_T_LIST || o->type == CLI_T_STEP) && ctx->args)
+        free(steal(&((struct cli_list *)field(o, ctx))->v));
     free(ctx->args);
     free(ctx->pos);
     free(ctx->rest);

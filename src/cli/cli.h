@@ -67,6 +67,8 @@ enum cli_type {
     CLI_T_U64,  /* uint64_t: decimal or 0x */
     CLI_T_ENUM, /* int: index into names */
     CLI_T_LIST, /* struct cli_list: each use appends */
+    CLI_T_STEP, /* struct cli_list that rows share: each use appends its name, then its value when
+                   it takes one (metavar): what to do, in order */
 };
 
 /* Values of a repeatable option in the order given; the texts are borrowed. */
@@ -115,6 +117,9 @@ struct cli_opt {
     }
 #define CLI_LIST(strct, field, letter, name, metavar, help)                                        \
     { CLI_ROW_(strct, field, CLI_T_LIST, struct cli_list, letter, name, metavar, help) }
+/* `meta` NULL: takes no value. */
+#define CLI_STEP(strct, field, letter, name, meta, help)                                           \
+    { CLI_ROW_(strct, field, CLI_T_STEP, struct cli_list, letter, name, meta, help) }
 #define CLI_END                                                                                    \
     { .letter = 0, .name = NULL }
 

@@ -15,6 +15,7 @@ struct convert_args {
     const char *out_format;
     struct cli_list options;
     bool compress, no_create, out_of_order, target_image_opts, target_is_zero, salvage, quiet;
+    bool bitmaps, skip_broken_bitmaps;
     bool offload; /* accepted for scripts: it is tried in any case */
     uint64_t workers, sparse, rate;
     const char *cache; /* NULL: chosen */
@@ -63,5 +64,12 @@ bool convert_stores_stdin(const struct convert *c, int sources);
 int convert_store_stdin_co(struct convert *c);
 /* The sources are open. */
 int convert_to_stdout_co(struct convert *c);
+
+/* ---- convert_bitmaps.c ---- */
+struct node;
+/* Whether the bitmaps of `src` can be copied: before anything is. */
+int convert_bitmaps_check(struct verb_ctx *ctx, const struct node *src, bool skip_broken);
+/* Once the data is there.  Stored when it returns 0. */
+int convert_bitmaps_co(struct verb_ctx *ctx, struct node *src, struct node *dst, bool skip_broken);
 
 #endif

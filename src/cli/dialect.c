@@ -149,6 +149,10 @@ int dialect_bad_number(struct verb_ctx *ctx, const char *what) {
     return rc;
 }
 
+void dialect_second_line(struct err *e, const char *text) {
+    err_hint(e, SECOND "%s", text);
+}
+
 void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n) {
     if (!called_as || !(n->flags & NODE_GUESSED))
         return;
@@ -182,6 +186,7 @@ static const struct {
     {NULL, "cache", false, "Invalid cache option: %s"},
     {"measure", "size", true, "image size"},
     {"resize", "preallocation", false, "Invalid preallocation mode '%s'"},
+    {"bitmap", "granularity", true, "granularity"},
     {"bench", "count", false, "Invalid request count specified"},
     {"bench", "depth", false, "Invalid queue depth specified"},
     {"bench", "buffer-size", true, "buffer size"},

@@ -82,6 +82,8 @@ bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text);
 void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const json_t *tree);
 int dialect_bad_size(struct verb_ctx *ctx, const char *text);
 int dialect_bad_number(struct verb_ctx *ctx, const char *what);
+/* A line that is printed behind the error, there only. */
+void dialect_second_line(struct err *e, const char *text);
 /* A writer took an image for raw because nobody said its format. */
 void dialect_warn_guessed(struct verb_ctx *ctx, const struct node *n);
 

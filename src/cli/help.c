@@ -39,7 +39,7 @@ void help_put_form(struct strbuf *b, const struct cli_opt *o) {
         strbuf_printf(b, "-%c", o->letter);
     if (o->name)
         strbuf_printf(b, "%s--%s", o->letter ? ", " : "    ", o->name);
-    if (o->type != CLI_T_FLAG)
+    if (o->metavar)
         strbuf_printf(b, "%s%s", o->name ? "=" : " ", o->metavar);
 }
 

@@ -112,7 +112,7 @@ static void print_human(const struct check_result *r) {
                r->leaks);
     if (r->check_errors)
         printf("\n%" PRIu64 " internal errors have occurred during the check.\n", r->check_errors);
-    if (r->total_clusters)
+    if (r->total_clusters && (r->allocated_clusters || !dialect_is_qemu()))
         printf("%" PRIu64 "/%" PRIu64 " = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed "
                "clusters\n",
                r->allocated_clusters, r->total_clusters,

@@ -68,6 +68,10 @@ static const struct cli_opt convert_opts[] = {
              "bytes a second at most"),
     CLI_FLAG(struct convert_args, salvage, 0, "salvage",
              "write zeros for what cannot be read and go on"),
+    CLI_FLAG(struct convert_args, bitmaps, 0, "bitmaps",
+             "copy the persistent dirty bitmaps of the source too"),
+    CLI_FLAG(struct convert_args, skip_broken_bitmaps, 0, "skip-broken-bitmaps",
+             "with --bitmaps: leave out those that are damaged instead of failing"),
     CLI_FLAG(struct convert_args, offload, 'C', "copy-offload",
              "let the storage copy or share the data itself (tried anyway where it costs nothing)"),
     CLI_QUIET_ROW(struct convert_args, quiet),
@@ -109,6 +113,10 @@ static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
     if (a->no_create && a->options.n)
         return misuse(ctx, cli_words("-o describes a new target and cannot be combined with -n",
                                      "-o has no effect when skipping image creation"));
+    if (a->skip_broken_bitmaps && !a->bitmaps)
+        return err_set(&ctx->err, EINVAL, "%s",
+                       cli_words("--skip-broken-bitmaps goes with --bitmaps",
+                                 "Use of --skip-broken-bitmaps requires --bitmaps"));
     if (a->src.format && a->src.image_opts)
         return misuse(ctx, "-f and --image-opts exclude each other");
     return 0;
@@ -400,6 +408,8 @@ static int convert_co(struct convert *c, int sources) {
     int r = open_sources_co(c, sources);
     if (convert_is_pipe(c->target_name))
         return r ? r : convert_to_stdout_co(c);
+    if (r == 0 && c->a->bitmaps)
+        r = convert_bitmaps_check(c->ctx, c->src[0], c->a->skip_broken_bitmaps);
     if (r == 0)
         r = check_not_source(c);
     if (r == 0)
@@ -408,6 +418,8 @@ static int convert_co(struct convert *c, int sources) {
         r = check_size(c);
     if (r == 0)
         r = convert_copy_all_co(c);
+    if (r == 0 && c->a->bitmaps)
+        r = convert_bitmaps_co(c->ctx, c->src[0], c->dst, c->a->skip_broken_bitmaps);
     if (r == 0)
         r = finish_co(c);
     return r;
@@ -448,6 +460,13 @@ static int convert_run_co(struct verb_ctx *ctx) {
         return misuse(
             ctx, cli_words("a source and a target are needed", "Must specify image file name"));
     int r = check_args(ctx, a);
+    if (r == 0 && a->bitmaps && ctx->pos_n > 2)
+        r = err_set(&ctx->err, EINVAL, "%s",
+                    cli_words("--bitmaps takes a single source",
+                              "Copying bitmaps only possible with single source"));
+    if (r == 0 && a->bitmaps &&
+        (convert_is_pipe(ctx->pos[0]) || convert_is_pipe(ctx->pos[ctx->pos_n - 1])))
+        r = err_set(&ctx->err, EINVAL, "--bitmaps needs images: a stream carries no bitmaps");
     return r < 0 ? r : convert_with_co(ctx, a, ctx->pos, ctx->pos_n);
 }
 

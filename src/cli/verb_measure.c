@@ -20,6 +20,7 @@
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cli/dialect.h"
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -103,14 +104,32 @@ static int target_fill(struct verb_ctx *ctx, json_t *tree, struct target *t) {
     return 0;
 }
 
+/*
+ * Room that the persistent bitmaps of `n` take in a qcow2 image with clusters of `unit` bytes, each
+ * with all of its data: data, tables, directory.  Damaged ones count, as there.
+ */
+static uint64_t bitmaps_size(const struct node *n, uint64_t unit) {
+    uint64_t sum = 0, directory = 0;
+    for (const struct bitmap *b = NULL; (b = bitmap_next(n, b));) {
+        if (!b->persistent)
+            continue;
+        uint64_t clusters = div_up(div_up(b->bits, 8), unit);
+        sum += clusters * unit + align_up(clusters * 8, unit);
+        directory += align_up(24 + strlen(b->name), 8);
+    }
+    return sum + align_up(directory, unit);
+}
+
 static int source_data_co(struct verb_ctx *ctx, const struct target *t, struct measure_in *in,
-                          bool *bitmaps) {
+                          bool *bitmaps, uint64_t *bitmap_bytes) {
     const struct args *a = ctx->args;
     struct node *n;
     int rc = cli_open_co(ctx, ctx->pos[0], &a->image, 0, &n);
     if (rc < 0)
         return rc;
-    *bitmaps = t->may_have_bitmaps && !strcmp(n->drv->name, "qcow2");
+    *bitmaps = t->may_have_bitmaps && n->drv->format->bitmap_check;
+    if (*bitmaps)
+        *bitmap_bytes = bitmaps_size(n, t->unit);
     if (t->has_backing)
         measure_plain(n->size, true, in);
     else
@@ -119,11 +138,12 @@ static int source_data_co(struct verb_ctx *ctx, const struct target *t, struct m
     return rc;
 }
 
-static void print_result(int output, const struct measure_result *m, bool bitmaps) {
+static void print_result(int output, const struct measure_result *m, bool bitmaps,
+                         uint64_t bitmap_bytes) {
     if (output == OUTPUT_JSON) {
         json_t *j = json_object();
         if (bitmaps)
-            json_object_set_new(j, "bitmaps", json_integer(0));
+            json_object_set_new(j, "bitmaps", json_integer((json_int_t)bitmap_bytes));
         json_object_set_new(j, "required", json_integer((json_int_t)m->required));
         json_object_set_new(j, "fully-allocated", json_integer((json_int_t)m->fully_allocated));
         cli_print_json(j);
@@ -132,7 +152,7 @@ static void print_result(int output, const struct measure_result *m, bool bitmap
     printf("required size: %" PRIu64 "\nfully allocated size: %" PRIu64 "\n", m->required,
            m->fully_allocated);
     if (bitmaps)
-        puts("bitmaps size: 0");
+        printf("bitmaps size: %" PRIu64 "\n", bitmap_bytes);
 }
 
 static int check_args(struct verb_ctx *ctx) {
@@ -163,6 +183,7 @@ static int measure_run_co(struct verb_ctx *ctx) {
         return cli_print_create_help(ctx, format);
     json_t *tree = NULL;
     struct measure_in in;
+    uint64_t bitmap_bytes = 0;
     bool bitmaps = false;
     struct measure_result m = {0};
     int rc = check_args(ctx);
@@ -173,7 +194,7 @@ static int measure_run_co(struct verb_ctx *ctx) {
     if (rc == 0)
         rc = target_fill(ctx, tree, &t);
     if (rc == 0 && ctx->pos_n)
-        rc = source_data_co(ctx, &t, &in, &bitmaps);
+        rc = source_data_co(ctx, &t, &in, &bitmaps, &bitmap_bytes);
     else if (rc == 0)
         measure_plain(a->size, false, &in);
     if (rc == 0)
@@ -183,7 +204,7 @@ static int measure_run_co(struct verb_ctx *ctx) {
         m.fully_allocated = m.bound_fully;
     }
     if (rc == 0)
-        print_result(a->output, &m, bitmaps);
+        print_result(a->output, &m, bitmaps, bitmap_bytes);
     target_free(&t);
     json_decref(tree);
     return rc;

@@ -14,6 +14,7 @@
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cli/dialect.h"
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -100,6 +101,9 @@ static int resize_node_co(struct verb_ctx *ctx, struct node *n, const struct wis
     if (rc)
         return rc;
     rc = disk_resize_co(n, size, a->preallocation, &ctx->err);
+    if (rc < 0)
+        return err_prefix(&ctx->err, "%s", n->filename);
+    rc = bitmap_store_co(n, &ctx->err);
     if (rc < 0)
         return err_prefix(&ctx->err, "%s", n->filename);
     rc = disk_flush_co(n);

@@ -5,6 +5,7 @@
 
 extern const struct verb verb_amend;
 extern const struct verb verb_bench;
+extern const struct verb verb_bitmap;
 extern const struct verb verb_check;
 extern const struct verb verb_commit;
 extern const struct verb verb_compare;
@@ -33,6 +34,7 @@ const struct verb *const verb_table[] = {
     &verb_rebase,
     &verb_resize,
     &verb_amend,
+    &verb_bitmap,
     &verb_measure,
     &verb_dd,
     &verb_bench,

@@ -30,6 +30,7 @@ struct node;
 struct open_ctx;
 struct create_ctx;
 struct driver;
+struct bitmap;
 
 /* ---------------------------------------------------------------- the map */
 
@@ -259,6 +260,26 @@ struct format_ops {
      */
     int (*amend_co)(struct node *n, const void *amend_opts, const struct amend_ctx *ctx,
                     struct err *e);
+
+    /*
+     * Persistent dirty bitmaps (disk/bitmap.h); all of these, or NULL: the format keeps none.  At
+     * open, and when it becomes writable, the driver attaches what the image has (bitmap_attach).
+     * Called with nobody else in these slots; arm from inside a request, the others quiesced.
+     */
+    /* Whether the image could keep one more like that.  -ENOTSUP, -EFBIG.  Pure. */
+    int (*bitmap_check)(struct node *n, const char *name, uint64_t granularity, struct err *e);
+    /* ORs what is stored of `b` into it.  Read-only nodes too. */
+    int (*bitmap_load_co)(struct bitmap *b, struct err *e);
+    /* The image says that all bitmaps with b->arm are in use, and that is stable. */
+    int (*bitmap_arm_co)(struct node *n, struct err *e);
+    /*
+     * All persistent bitmaps are stored as they are, and no longer in use; sets stored, armed and
+     * loaded of each.  One that cannot be stored stays in use and gives an error; the others are
+     * stored.
+     */
+    int (*bitmap_store_co)(struct node *n, struct err *e);
+    /* The image no longer has `b`, stably.  The caller detaches it. */
+    int (*bitmap_remove_co)(struct bitmap *b, struct err *e);
 
     /* See struct check_result.  `fix` where nothing can be repaired: -ENOTSUP. */
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);

@@ -5,6 +5,7 @@
 #ifndef STRATA_DISK_ENGINE_H
 #define STRATA_DISK_ENGINE_H
 
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -62,6 +63,11 @@ int storage_preadv_co(struct node *n, uint64_t offset, uint64_t length, const st
                       int niov, unsigned flags);
 int storage_pwritev_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
                        int niov, unsigned flags);
+
+/* Before anything of a request that changes [offset, +length) of a format node moves. */
+static inline int record_change_co(struct node *n, uint64_t offset, uint64_t length) {
+    return n->bitmaps ? bitmap_mark_co(n, offset, length) : 0;
+}
 
 /* ---- write.c ---- */
 /* Writes with the exclusive lock on whole units already held. */

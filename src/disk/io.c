@@ -129,7 +129,8 @@ int disk_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero
     node_enter_co(n);
     if (!n->drv->format)
         r = storage_zero_co(n, offset, length, zero_flags);
-    else if (offset <= n->size && length <= n->size - offset)
+    else if (offset <= n->size && length <= n->size - offset &&
+             !(r = record_change_co(n, offset, length)))
         r = format_zero_co(n, offset, length, zero_flags);
     node_leave(n);
     if (!r && (zero_flags & ZERO_FUA || n->flags & NODE_WRITETHROUGH))
@@ -147,6 +148,8 @@ int disk_discard_co(struct node *n, uint64_t offset, uint64_t length) {
     node_enter_co(n);
     uint64_t high = n->drv->format && end == n->size ? end : align_down(end, unit);
     int r = n->drv->format && (offset > n->size || length > n->size - offset) ? -ENOSPC : 0;
+    if (!r && low < high)
+        r = record_change_co(n, low, high - low);
     while (!r && low < high) {
         uint64_t step = min_u64(high - low, ZERO_STEP - low % ZERO_STEP);
         if (!n->drv->format) {
@@ -234,8 +237,12 @@ int disk_resize_quiesced_co(struct node *n, uint64_t size, int prealloc, struct 
                        (unsigned long long)size, (long long)INT64_MAX);
     if (n->drv->format ? !n->drv->format->resize_co : !n->drv->storage->truncate_co)
         return err_set(e, ENOTSUP, "format '%s' cannot change its size", n->drv->name);
-    int r = n->drv->format ? format_resize_co(n, size, prealloc, e)
+    int r = bitmap_resize_begin_co(n, e);
+    if (!r) {
+        r = n->drv->format ? format_resize_co(n, size, prealloc, e)
                            : n->drv->storage->truncate_co(n, size, prealloc, e);
+        bitmap_resize_end(n);
+    }
     n->map_generation++;
     return r;
 }
@@ -300,7 +307,9 @@ int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uin
     node_enter_co(dst);
     range_lock_co(&src->locks, &from, src_off, length, false);
     range_lock_co(&dst->locks, &to, low, align_up(dst_off + length, dst->granularity) - low, true);
-    int r = copy_locked_co(src, src_off, dst, dst_off, length, copy_flags);
+    int r = record_change_co(dst, dst_off, length);
+    if (!r)
+        r = copy_locked_co(src, src_off, dst, dst_off, length, copy_flags);
     range_unlock(&dst->locks, &to);
     range_unlock(&src->locks, &from);
     node_leave(dst);

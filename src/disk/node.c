@@ -41,6 +41,7 @@ void node_destroy_co(struct node *n) {
     assert(n->in_flight == 0 && range_lock_idle(&n->locks));
     if (n->drv->close_co)
         n->drv->close_co(n);
+    bitmap_set_free(n);
     node_unref_co(n->file);
     node_unref_co(n->backing);
     unit_cache_drop(n);

@@ -92,6 +92,7 @@ struct node {
     uint64_t
         map_generation; /* counts every change of the map: what was looked up before is stale */
     struct unit_cache *unit_cache; /* last decoded unit (coded.c) */
+    struct bitmap_set *bitmaps;    /* dirty bitmaps (bitmap.h); NULL: there never was one */
 };
 
 static inline bool node_is_rw(const struct node *n) {

@@ -209,7 +209,9 @@ static int format_write_co(struct node *n, uint64_t offset, uint64_t length,
     bool flush = flags & IO_FUA && n->drv->format->flush_co && !PLANTED(FUA_WITHOUT_MAPPING);
     int r = -ENOSPC;
     node_enter_co(n);
-    if (offset <= n->size && length <= n->size - offset) /* it may have shrunk while we waited */
+    /* It may have shrunk while we waited. */
+    if (offset <= n->size && length <= n->size - offset &&
+        !(r = record_change_co(n, offset, length)))
         r = format_pwritev_co(n, offset, length, iov, niov, flush ? flags & ~IO_FUA : flags);
     node_leave(n);
     return !r && flush ? disk_flush_co(n) : r;
@@ -320,7 +322,9 @@ int disk_write_coded_co(struct node *n, uint64_t offset, const void *code, uint3
     struct range_req lock;
     range_lock_co(&n->locks, &lock, offset, length, true);
     struct placement p = {0};
-    int r = n->drv->format->place_co(n, offset, length, PLACE_CODED, coded_length, &p);
+    int r = record_change_co(n, offset, length);
+    if (!r)
+        r = n->drv->format->place_co(n, offset, length, PLACE_CODED, coded_length, &p);
     if (!r) {
         assert(p.coded_length == coded_length && p.storage);
         struct iovec v = {(void *)code, coded_length};

@@ -40,6 +40,12 @@ class Qcow2:
     def get64(self, offset):
         return self.u64(self.read(offset, 8), 0)
 
+    def get32(self, offset):
+        return self.u32(self.read(offset, 4), 0)
+
+    def get16(self, offset):
+        return int.from_bytes(self.read(offset, 2), "big")
+
     def set64(self, offset, value):
         self.write(offset, struct.pack(">Q", value))
 

@@ -25,6 +25,9 @@ json_t *qcow2_describe(struct node *n) {
         json_object_set_new(o, "lazy-refcounts",
                             json_boolean(h->compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));
     }
+    json_t *bitmaps = qcow2_bitmaps_describe(n);
+    if (bitmaps)
+        json_object_set_new(o, "bitmaps", bitmaps);
     json_object_set_new(o, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
     if (h->version >= 3) {
         json_object_set_new(o, "corrupt", json_boolean(h->incompatible & QCOW2_INCOMPAT_CORRUPT));

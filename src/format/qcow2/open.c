@@ -10,7 +10,7 @@
  * reftable_problem.
  *
  * Before the first write an image must be told: autoclear bits that this code does not maintain
- * (all of them) are cleared as soon as it is open for writing.
+ * (all but that of the bitmaps) are cleared as soon as it is open for writing.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -20,6 +20,8 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/cleanup.h"
+#include "base/log.h"
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/open.h"
 #include "format/qcow2/qcow2.h"
@@ -154,15 +156,17 @@ static int load_reftable_co(struct qcow2 *s, struct err *e) {
 /* ---------------------------------------------------------------- ready to write */
 
 static int clear_autoclear_co(struct qcow2 *s, struct err *e) {
-    uint8_t zeros[8] = {0};
-    if (s->h.version < 3 || !s->h.autoclear)
+    uint64_t keep = s->h.has_bitmaps ? QCOW2_AUTOCLEAR_BITMAPS : 0;
+    uint8_t field[8];
+    if (s->h.version < 3 || !(s->h.autoclear & ~keep))
         return 0;
-    int r = disk_pwrite_co(s->file, QCOW2_HEADER_AUTOCLEAR_AT, zeros, sizeof(zeros));
+    be64_store(field, s->h.autoclear & keep);
+    int r = disk_pwrite_co(s->file, QCOW2_HEADER_AUTOCLEAR_AT, field, sizeof(field));
     if (!r && qcow2_ordered(s))
         r = disk_flush_co(s->file);
     if (r < 0)
         return err_errno(e, -r, "clearing the autoclear feature bits");
-    s->h.autoclear = 0;
+    s->h.autoclear &= keep;
     return 0;
 }
 
@@ -187,6 +191,8 @@ static int make_writable_co(struct qcow2 *s, struct err *e) {
         r = load_reftable_co(s, e);
     if (!r && !check) /* a repair writes to the storage alone */
         r = qcow2_meta_build_co(s, e);
+    if (!r && !check)
+        r = qcow2_bitmaps_writable_co(s, e);
     if (!r && !check)
         r = clear_autoclear_co(s, e);
     s->virgin_from = qcow2_clusters_for(s, s->file->size);
@@ -232,8 +238,12 @@ static int open_map_co(struct node *n, struct err *e) {
     s->slice_bits = (uint32_t)__builtin_ctz(slice_bytes >> s->l2e_shift);
     if (qcow2_cache_init(&s->cache, s->file, slice_bytes, slices_wanted(s, slice_bytes)) < 0)
         return err_set(e, ENOMEM, "no memory for the metadata cache");
-    if (rw)
-        return make_writable_co(s, e);
+    s->node->size = s->h.size;
+    r = qcow2_bitmaps_open_co(s, e);
+    if (!r && rw)
+        r = make_writable_co(s, e);
+    if (r < 0 || rw)
+        return r;
     return check ? load_reftable_co(s, e) : 0;
 }
 
@@ -282,7 +292,10 @@ static void pad_end_co(struct qcow2 *s) {
 static void qcow2_close_co(struct node *n) {
     struct qcow2 *s = qcow2_of(n);
     if (s->cache.hash && s->meta) { /* open for writing, and fully opened */
-        qcow2_writeback_all_co(s);  /* whoever must know the outcome has flushed before */
+        struct err why AUTO_ERR = ERR_INIT;
+        if (bitmap_store_co(n, &why) < 0)
+            log_msg(LOG_LV_WARN, "%s: %s: its bitmaps are lost", n->filename, err_text(&why));
+        qcow2_writeback_all_co(s); /* whoever must know the outcome has flushed before */
         pad_end_co(s);
     }
     qcow2_limbo_free(&s->limbo);
@@ -292,6 +305,7 @@ static void qcow2_close_co(struct node *n) {
     free(s->l1_dirty);
     free(s->reftable);
     free(s->reftable_dirty);
+    qcow2_bitmaps_close(s);
     free(s->l1_problem);
     free(s->reftable_problem);
     qcow2_header_free(&s->h);
@@ -307,6 +321,9 @@ static int qcow2_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
     if (rw) {
         r = make_writable_co(s, e);
     } else {
+        r = bitmap_store_co(n, e);
+        if (r < 0)
+            return r;
         r = qcow2_writeback_all_co(s);
         if (r < 0)
             return err_errno(e, -r, "writing the metadata back");
@@ -367,6 +384,11 @@ static const struct format_ops qcow2_format = {
     .set_backing_co = qcow2_set_backing_co,
     .empty_co = qcow2_empty_co,
     .amend_co = qcow2_amend_co,
+    .bitmap_check = qcow2_bitmap_check,
+    .bitmap_load_co = qcow2_bitmap_load_co,
+    .bitmap_arm_co = qcow2_bitmap_arm_co,
+    .bitmap_store_co = qcow2_bitmap_store_co,
+    .bitmap_remove_co = qcow2_bitmap_remove_co,
     .check_co = qcow2_check_co,
     .describe = qcow2_describe,
     .measure = qcow2_measure,

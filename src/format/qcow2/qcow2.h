@@ -20,6 +20,7 @@
  *      marks.c      the dirty and corrupt bits
  *      check*.c counts.c repair*.c
  *      codec.c create.c measure.c describe.c
+ *      bitmap_dir.c bitmap_store.c  persistent dirty bitmaps (bitmap.h)
  *
  * Invariants
  *  1. In memory `l1` and `reftable` are whole and in host byte order; on disk they follow only
@@ -101,6 +102,7 @@ struct qcow2 {
 
     /* NODE_CHECK opens only: why a table was not loaded (entries = 0 then); NULL: it was */
     char *l1_problem, *reftable_problem;
+    char *bitmaps_problem; /* why a read-only image shows no bitmaps; NULL: it shows them */
 
     struct qcow2_cache cache;
 
@@ -369,6 +371,20 @@ int qcow2_corrupt_store_co(struct qcow2 *s);
 /* ---- repair.c ---- */
 /* check with r->fix; the node is read-write, and its cache holds nothing dirty. */
 int qcow2_repair_co(struct node *n, struct check_result *r, struct err *e);
+
+/* ---- bitmap_dir.c, bitmap_store.c ---- */
+/* Attaches the image's bitmaps to the node; a damaged directory is a note on read-only nodes. */
+int qcow2_bitmaps_open_co(struct qcow2 *s, struct err *e);
+/* The set of metadata is built: the bitmaps' clusters join it; a stale extension is dropped. */
+int qcow2_bitmaps_writable_co(struct qcow2 *s, struct err *e);
+void qcow2_bitmaps_close(struct qcow2 *s);
+/* The "bitmaps" of info, new reference; NULL: none. */
+json_t *qcow2_bitmaps_describe(struct node *n);
+int qcow2_bitmap_check(struct node *n, const char *name, uint64_t granularity, struct err *e);
+int qcow2_bitmap_load_co(struct bitmap *b, struct err *e);
+int qcow2_bitmap_arm_co(struct node *n, struct err *e);
+int qcow2_bitmap_store_co(struct node *n, struct err *e);
+int qcow2_bitmap_remove_co(struct bitmap *b, struct err *e);
 
 /* ---- describe.c ---- */
 json_t *qcow2_describe(struct node *n);
