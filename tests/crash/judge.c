@@ -165,7 +165,9 @@ static int judge_below_co(struct lab_state *st) {
 
 static int judge_state_co(struct lab_state *st) {
     static uint32_t ids[BLOCKS];
-    int r = judge_below_co(st);
+    int r = st->l->w->mend_co ? st->l->w->mend_co(st) : 0;
+    if (!r)
+        r = judge_below_co(st);
     if (!r)
         r = state_open_co(st, NULL, OPEN_RW, &st->disk);
     if (!r)

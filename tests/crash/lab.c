@@ -37,6 +37,7 @@ static const struct workload *const sets[] = {
     write_workloads,
     chain_workloads,
     amend_workloads,
+    repair_workloads,
 };
 
 unsigned lab_rnd(struct lab *l, unsigned n) {

@@ -144,6 +144,8 @@ struct workload {
     /* After the guests have ended, still recorded. */
     void (*finish_co)(struct lab *l);
     int (*judge_co)(struct lab_state *st);
+    /* On every state, before anything opens it: what whoever finds the image does first. */
+    int (*mend_co)(struct lab_state *st);
     void (*free)(struct lab *l); /* of what l->own holds */
     const char *plants; /* names of base/plant.h, spaces between, that it is made to catch */
     /* Chooses by l->seed: a copy of the row to change.  Texts may point into l->text. */
