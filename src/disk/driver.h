@@ -164,12 +164,19 @@ struct amend_ctx {
     void *arg;
 };
 
+/* What a storage looks like from outside. */
+struct probe_data {
+    const uint8_t *head; /* its first bytes, up to 64 KiB, zeros behind them up to there */
+    size_t head_length;
+    const uint8_t *tail; /* its last bytes, up to 1 KiB */
+    size_t tail_length;
+    uint64_t size;
+    const char *name; /* of the file, or NULL */
+};
+
 struct format_ops {
-    /*
-     * How likely `buf` (the first `len` <= 64 KiB bytes of the storage, zero-filled behind the end)
-     * is an image of this format: 0 no .. 100 certain.  `name` is the file name or NULL.  Pure.
-     */
-    int (*probe)(const uint8_t *buf, size_t len, uint64_t size, const char *name);
+    /* How likely it is an image of this format: 0 no .. 100 certain.  Pure. */
+    int (*probe)(const struct probe_data *p);
 
     /* Creation lays an empty image of opts->size bytes onto `file` (an open, empty, writable node).
      */
@@ -204,8 +211,8 @@ struct format_ops {
      */
     int (*set_zero_co)(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
     /*
-     * Drop whole subunits.  They may read as anything old or zeros afterwards, never as other data; a
-     * format with a layer below must not let old backing content shine through (it sets zero
+     * Drop whole subunits.  They may read as anything old or zeros afterwards, never as other data;
+     * a format with a layer below must not let old backing content shine through (it sets zero
      * instead).  NULL: nothing happens.
      */
     int (*discard_co)(struct node *n, uint64_t offset, uint64_t length);

@@ -75,7 +75,7 @@ struct status {
      */
     unsigned depth;
     bool present;
-    struct node *layer;   /* the node that answered; NULL when not present */
+    struct node *layer; /* the node that answered; NULL when not present */
     /* DATA and allocated zeros: where the bytes lie; not present: the room of the last layer; else
      * NULL. */
     struct node *storage;

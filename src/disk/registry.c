@@ -9,6 +9,7 @@
     X(raw)                                                                                         \
     X(qcow2)                                                                                       \
     X(vdi)                                                                                         \
+    X(vpc)                                                                                         \
     X(qed)                                                                                         \
     X(file)                                                                                        \
     X(host_device)                                                                                 \

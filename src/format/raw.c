@@ -35,7 +35,7 @@ static uint64_t raw_start(const struct node *n) {
     return o->offset;
 }
 
-static int raw_probe(const uint8_t *buf, size_t len, uint64_t size, const char *name) {
+static int raw_probe(const struct probe_data *p) {
     return 1;
 }
 

@@ -28,6 +28,9 @@ SHAPES = [
     Shape("vdi"),
     Shape("vdi", "static=on", "static=on"),
     Shape("vdi", "block_size=64k", None, peer_writes=False, checked=False),
+    Shape("vpc", checked=False, exact=False),
+    Shape("vpc", "force_size=on", "force_size=on", checked=False),
+    Shape("vpc", "subformat=fixed,force_size=on", "subformat=fixed,force_size=on", checked=False),
     Shape("qed", backing=True),
     # Beyond 16 MiB of such clusters qemu-img finds leaks in what it wrote itself.
     Shape("qed", "cluster_size=4k,table_size=2", "cluster_size=4k,table_size=2", backing=True,

@@ -47,3 +47,11 @@ def test_what_strata_converts_qemu_img_reads_and_the_reverse(run, peer, tmp_path
     if shape.checked:
         peer("qemu-img", "check", "-f", shape.fmt, ours)
         run("check", "-f", shape.fmt, theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_measure_tells_the_length_of_a_converted_image(run, tmp_path, disk, shape):
+    out = tmp_path / "out"
+    said = run("measure", "-f", "raw", "-O", shape.fmt, *options(shape.options), disk).stdout
+    run("convert", "-q", "-f", "raw", "-O", shape.fmt, *options(shape.options), disk, out)
+    assert out.stat().st_size == int(said.split("required size: ")[1].split()[0])

@@ -39,10 +39,10 @@ static const struct opt open_opts[] = {
     OPT_END,
 };
 
-static int qcow2_probe(const uint8_t *buf, size_t len, uint64_t size, const char *name) {
-    if (len < 8 || be32_load(buf) != QCOW2_MAGIC)
+static int qcow2_probe(const struct probe_data *p) {
+    if (p->head_length < 8 || be32_load(p->head) != QCOW2_MAGIC)
         return 0;
-    return be32_load(buf + 4) >= 2 ? 100 : 0; /* version 1 is another format, "qcow" */
+    return be32_load(p->head + 4) >= 2 ? 100 : 0; /* version 1 is another format, "qcow" */
 }
 
 /* ---------------------------------------------------------------- reading what is there */

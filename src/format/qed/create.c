@@ -79,12 +79,15 @@ int qed_measure(const void *create_opts, const struct measure_in *in, struct mea
     int r = check_size(o, align_up(size, 512), e);
     if (r)
         return r;
-    uint64_t table = o->table_size * o->cluster_size, covers = table / 8 * o->cluster_size;
-    uint64_t tables = div_up(size, covers) * table, fixed = o->cluster_size + table;
-    out->fully_allocated = fixed + tables + div_up(size, o->cluster_size) * o->cluster_size;
-    out->required = fixed + tables + div_up(min_u64(in->data, size), o->cluster_size) * o->cluster_size;
+    unsigned cluster_bits = (unsigned)__builtin_ctzll(o->cluster_size);
+    uint64_t table = o->table_size * o->cluster_size, fixed = o->cluster_size + table;
+    unsigned covers = cluster_bits + (unsigned)__builtin_ctzll(table / 8); /* bits of a table */
+    uint64_t tables = div_up(size, UINT64_C(1) << covers);
+    out->fully_allocated = fixed + tables * table + align_up(size, o->cluster_size);
+    out->required =
+        fixed + in->touched[covers] * table + in->touched[cluster_bits] * o->cluster_size;
     out->bound_fully = out->fully_allocated;
-    out->bound_required = out->required;
+    out->bound_required = fixed + tables * table + in->touched[cluster_bits] * o->cluster_size;
     return 0;
 }
 

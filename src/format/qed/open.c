@@ -90,8 +90,8 @@ int qed_header_write_co(struct qed *s) {
     return disk_pwrite_co(s->file, 0, buf, sizeof(buf));
 }
 
-static int qed_probe(const uint8_t *buf, size_t len, uint64_t size, const char *name) {
-    return len >= QED_HEADER_BYTES && le32_load(buf) == QED_MAGIC ? 100 : 0;
+static int qed_probe(const struct probe_data *p) {
+    return p->head_length >= QED_HEADER_BYTES && le32_load(p->head) == QED_MAGIC ? 100 : 0;
 }
 
 static int read_backing_name_co(struct node *n, struct err *e) {

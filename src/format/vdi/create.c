@@ -128,7 +128,7 @@ int vdi_measure(const void *create_opts, const struct measure_in *in, struct mea
     int r = layout_compute(o, in->size, &l, e);
     if (r)
         return r;
-    uint64_t blocks = is_fixed(o) ? l.blocks : min_u64(div_up(in->data, o->block_size), l.blocks);
+    uint64_t blocks = is_fixed(o) ? l.blocks : in->touched[__builtin_ctzll(o->block_size)];
     out->required = l.data_offset + blocks * o->block_size;
     out->fully_allocated = l.data_offset + (uint64_t)l.blocks * o->block_size;
     out->bound_required = out->required;

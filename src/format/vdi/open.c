@@ -116,8 +116,11 @@ int vdi_header_parse(const uint8_t *buf, struct vdi_header *h, struct err *e) {
     return r;
 }
 
-static int vdi_probe(const uint8_t *buf, size_t len, uint64_t size, const char *name) {
-    return len >= VDI_HEADER_BYTES && le32_load(buf + VDI_AT_SIGNATURE) == VDI_SIGNATURE ? 100 : 0;
+static int vdi_probe(const struct probe_data *p) {
+    return p->head_length >= VDI_HEADER_BYTES &&
+                   le32_load(p->head + VDI_AT_SIGNATURE) == VDI_SIGNATURE
+               ? 100
+               : 0;
 }
 
 static int open_header_co(struct node *n, struct err *e) {
