@@ -38,6 +38,7 @@ static const struct workload *const sets[] = {
     chain_workloads,
     amend_workloads,
     repair_workloads,
+    bitmap_workloads,
 };
 
 unsigned lab_rnd(struct lab *l, unsigned n) {

@@ -9,5 +9,6 @@ extern const struct workload write_workloads[]; /* write.c: requests of guests *
 extern const struct workload chain_workloads[]; /* chain.c: several images, sizes, raw */
 extern const struct workload amend_workloads[]; /* amend.c: options changed in use */
 extern const struct workload repair_workloads[]; /* repair.c: damage, and its repair */
+extern const struct workload bitmap_workloads[]; /* bitmap.c: dirty bitmaps */
 
 #endif
