@@ -24,7 +24,7 @@ packages=(
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio
     bximage libvhdi-utils 7zip
     # the guest of `run`, `make try` and its tests
-    $qemu busybox-static cpio gzip e2fsprogs
+    $qemu busybox-static cpio gzip e2fsprogs xfsprogs
     # test tools
     python3 python3-pytest python3-pytest-xdist strace util-linux procps ca-certificates
 )

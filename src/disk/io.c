@@ -254,7 +254,7 @@ int disk_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     return r;
 }
 
-/* The single run of plain data behind a range, or -ENOTSUP. */
+/* The single run of plain data behind a range, or -ERANGE. */
 static int plain_run_co(struct node *n, uint64_t offset, uint64_t length, struct chain_run *run) {
     int r = chain_map_co(n, offset, length, false, run);
     if (r < 0)
@@ -263,7 +263,7 @@ static int plain_run_co(struct node *n, uint64_t offset, uint64_t length, struct
         run->ext.storage->drv->storage)
         return 0;
     chain_run_end(run);
-    return -ENOTSUP;
+    return -ERANGE;
 }
 
 /* Both ranges are locked. */
@@ -277,11 +277,13 @@ static int copy_locked_co(struct node *src, uint64_t src_off, struct node *dst, 
     struct placement p = {0};
     r = ops->copy_range_co ? dst->drv->format->place_co(dst, dst_off, length, 0, 0, &p) : -ENOTSUP;
     if (!r) {
-        bool fits = p.length == length && !p.head && !p.tail &&
-                    p.storage->drv == from.ext.storage->drv && p.storage != from.ext.storage;
-        r = fits ? ops->copy_range_co(from.ext.storage, from.ext.host_offset, p.storage,
-                                      p.host_offset, length, copy_flags)
-                 : -ENOTSUP;
+        if (p.storage->drv != from.ext.storage->drv || p.storage == from.ext.storage)
+            r = -ENOTSUP;
+        else if (p.length != length || p.head || p.tail)
+            r = -ERANGE;
+        else
+            r = ops->copy_range_co(from.ext.storage, from.ext.host_offset, p.storage, p.host_offset,
+                                   length, copy_flags);
         if (r < 0 && dst->drv->format->abandon)
             dst->drv->format->abandon(dst, &p);
         if (!r && dst->drv->format->publish_co)

@@ -102,8 +102,9 @@ int disk_resize_quiesced_co(struct node *n, uint64_t size, int prealloc, struct 
 int disk_amend_co(struct node *n, const json_t *options, const struct amend_ctx *ctx,
                   struct err *e);
 
-/* Copies inside the storage where both sides are plain data of one driver that can; -ENOTSUP: copy
- * by hand.  `copy_flags`: enum copy_range_flags. */
+/* Copies inside the storage where both sides are plain data of one driver that can.  -ENOTSUP: copy
+ * by hand; -ERANGE: this range by hand, for it is not one piece of plain data on both sides, but
+ * another may be.  `copy_flags`: enum copy_range_flags. */
 int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uint64_t dst_off,
                        uint64_t length, unsigned copy_flags);
 

@@ -238,23 +238,54 @@ static int plain_co(struct copy_worker *k) {
     return j->block ? write_runs_co(k) : write_part_co(k, 0, k->w.length);
 }
 
+/* A part of the window, run by run as the source's bytes lie. */
+static int clone_part_co(struct copy_worker *k, uint64_t from, uint64_t to) {
+    struct copy_job *j = k->job;
+    int r = 0;
+    for (uint64_t done = from, n; !r && done < to; done += n) {
+        uint64_t at = k->w.offset + done;
+        struct status st;
+        r = disk_status_co(j->src, at, to - done, 0, &st);
+        n = r ? 0 : st.length;
+        if (!r)
+            r = disk_copy_range_co(j->src, at, j->dst, j->dst_offset + at, n, COPY_RANGE_SHARE);
+        if (!r)
+            j->clone = CLONE_YES;
+    }
+    return r;
+}
+
+/* The parts between the zeros first: if one cannot be shared nothing else has been done. */
+static int clone_runs_co(struct copy_worker *k) {
+    const struct copy_window *w = &k->w;
+    uint64_t from = 0;
+    int r = 0;
+    for (unsigned i = 0; !r && i < w->holes; i++) {
+        r = clone_part_co(k, from, w->hole[i].offset);
+        from = w->hole[i].offset + w->hole[i].length;
+    }
+    if (!r)
+        r = clone_part_co(k, from, w->length);
+    uint64_t at = k->job->dst_offset + w->offset;
+    for (unsigned i = 0; !r && i < w->holes; i++)
+        r = copy_zero_co(k->job, at + w->hole[i].offset, w->hole[i].length);
+    return r;
+}
+
 /*
- * Lets the storage share the range's blocks; false: copy it by hand.  Only one worker finds out
- * whether the storage can, while the others work by hand.  Where it can, a window may still be
- * refused because its bytes lie in two places.
+ * Lets the storage share the range's blocks; false: copy it by hand, all of it.  Only one worker
+ * finds out whether the storage can, while the others work by hand.  Where it can, a window may
+ * still be refused because its bytes do not lie in whole blocks.
  */
 static bool clone_co(struct copy_worker *k) {
     struct copy_job *j = k->job;
-    if (j->clone == CLONE_NO || j->clone == CLONE_TRYING || k->w.holes)
+    if (j->clone == CLONE_NO || j->clone == CLONE_TRYING)
         return false;
     if (j->clone == CLONE_UNTRIED)
         j->clone = CLONE_TRYING;
-    int r = disk_copy_range_co(j->src, k->w.offset, j->dst, j->dst_offset + k->w.offset,
-                               k->w.length, COPY_RANGE_SHARE);
-    if (r == 0)
-        j->clone = CLONE_YES;
-    else if (j->clone == CLONE_TRYING)
-        j->clone = CLONE_NO;
+    int r = clone_runs_co(k);
+    if (j->clone == CLONE_TRYING)
+        j->clone = r == -ERANGE ? CLONE_UNTRIED : CLONE_NO;
     return r == 0;
 }
 
@@ -332,8 +363,10 @@ static void plan(struct copy_job *j) {
     bool may_share =
         node_storage(j->src)->storage_flags & node_storage(j->dst)->storage_flags & STORAGE_SHARES;
     j->clone = may_share && j->block ? CLONE_UNTRIED : CLONE_NO;
-    j->one_writer = node_storage(j->dst)->storage_flags & STORAGE_IN_MEMORY;
-    j->ahead = o->target_is_zero && gran == 1 && j->block && !j->one_writer;
+    unsigned flags = node_storage(j->dst)->storage_flags;
+    j->one_writer = flags & STORAGE_IN_MEMORY;
+    j->ahead = o->target_is_zero && gran == 1 && j->block && !j->one_writer &&
+               flags & STORAGE_ZERO_INIT; /* not a device: its room is there */
 }
 
 static unsigned worker_count(const struct copy_job *j) {
