@@ -226,6 +226,9 @@ const struct verb *verb_find(const char *name);
  */
 int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *image,
                 unsigned open_flags, struct node **out);
+/* The same with further options of the image over what its name says (borrowed; may be NULL). */
+int cli_open_with_co(struct verb_ctx *ctx, const char *name, const struct cli_image *image,
+                     unsigned open_flags, const json_t *options, struct node **out);
 
 /*
  * Joins the -o texts to one option tree (new reference; empty object for an empty list).  Errors go

@@ -21,6 +21,11 @@ const char *const cli_output_names[] = {"human", "json", NULL};
 
 int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *image,
                 unsigned open_flags, struct node **out) {
+    return cli_open_with_co(ctx, name, image, open_flags, NULL, out);
+}
+
+int cli_open_with_co(struct verb_ctx *ctx, const char *name, const struct cli_image *image,
+                     unsigned open_flags, const json_t *options, struct node **out) {
     json_t *tree = NULL;
     if (image->image_opts) {
         if (image->format)
@@ -31,9 +36,11 @@ int cli_open_co(struct verb_ctx *ctx, const char *name, const struct cli_image *
         if (rc < 0)
             return rc;
     }
+    if (tree && options)
+        json_object_update_recursive(tree, (json_t *)options);
     struct open_req req = {
         .name = tree ? NULL : name,
-        .options = tree,
+        .options = tree ? tree : options,
         .format = image->format,
         .flags = open_flags | (image->force_share ? OPEN_FORCE_SHARE : 0),
         .cache = image->cache,

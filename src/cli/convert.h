@@ -20,6 +20,7 @@ struct convert_args {
     uint64_t workers, sparse, rate;
     const char *cache; /* NULL: chosen */
     const char *backing, *backing_format;
+    const char *snapshot; /* of the source; NULL: the disk itself */
     struct progress_args progress;
     /* Of each source only what lies behind `skip`, and of that `count` bytes when limited. */
     bool windowed, limited;

@@ -46,6 +46,7 @@ static const struct {
     {"create", 'B', NULL, "backing-format"},
     {"convert", 'b', NULL, "backing"},
     {"convert", 0, "source-format", "format"},
+    {"convert", 's', NULL, "snapshot"}, /* before 2.0 */
     {NULL, 0, NULL, NULL},
 };
 

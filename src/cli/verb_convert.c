@@ -26,6 +26,7 @@
 #include "cli/convert.h"
 #include "cli/dialect.h"
 #include "cli/progress.h"
+#include "cli/snapshots.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -74,6 +75,9 @@ static const struct cli_opt convert_opts[] = {
              "with --bitmaps: leave out those that are damaged instead of failing"),
     CLI_FLAG(struct convert_args, offload, 'C', "copy-offload",
              "let the storage copy or share the data itself (tried anyway where it costs nothing)"),
+    CLI_STR(struct convert_args, snapshot, 'l', "snapshot", "SNAPSHOT",
+            "copy this internal snapshot of the source: snapshot.id=ID, snapshot.name=NAME, or one "
+            "of the two alone"),
     CLI_QUIET_ROW(struct convert_args, quiet),
     PROGRESS_ROWS(struct convert_args, progress),
     CLI_END,
@@ -157,7 +161,8 @@ static int open_sources_co(struct convert *c, int n) {
         if (in && streams++)
             return misuse(c->ctx, "standard input can be one source only");
         int r = in ? convert_open_stdin_co(c, &c->src[i])
-                   : cli_open_co(c->ctx, c->names[i], &c->a->src, 0, &c->src[i]);
+                   : cli_open_snapshot_co(c->ctx, c->names[i], &c->a->src, 0, c->a->snapshot,
+                                          &c->src[i]);
         if (r < 0)
             return r;
         c->src_n++;
@@ -403,6 +408,11 @@ static int finish_co(struct convert *c) {
 }
 
 static int convert_co(struct convert *c, int sources) {
+    if (c->a->snapshot && sources > 1)
+        return misuse(c->ctx, cli_words("-l goes with one source",
+                                        "No support for concatenating multiple snapshot"));
+    if (c->a->snapshot && convert_is_pipe(c->names[0]))
+        return misuse(c->ctx, "-l goes with an image, not with standard input");
     if (c->format && convert_stores_stdin(c, sources))
         return convert_store_stdin_co(c);
     int r = open_sources_co(c, sources);

@@ -13,6 +13,7 @@
 #include <string.h>
 #include "base/size.h"
 #include "cli/cli.h"
+#include "cli/snapshots.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -32,8 +33,10 @@ static char *full_backing_name(const struct node *n) {
     return n->backing_name ? backing_resolve(n->filename, n->backing_name, NULL) : NULL;
 }
 
-static json_t *describe(struct node *n) {
+static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
     json_t *j = json_object();
+    if (snapshots->count)
+        json_object_set_new(j, "snapshots", cli_snapshots_json(snapshots));
     if (n->backing_format)
         json_object_set_new(j, "backing-filename-format", cli_json_name(n->backing_format));
     json_object_set_new(j, "virtual-size", json_integer((json_int_t)n->size));
@@ -121,7 +124,7 @@ static void print_backing(const struct node *n) {
     putchar('\n');
 }
 
-static void print_human(struct node *n, const json_t *j) {
+static void print_human(struct node *n, const json_t *j, const struct snapshot_list *snapshots) {
     print_name("image", n->filename);
     printf("\nfile format: %s\n", n->drv->name);
     print_size("virtual size", n->size, true);
@@ -140,12 +143,20 @@ static void print_human(struct node *n, const json_t *j) {
         print_name("backing file format", n->backing_format);
         putchar('\n');
     }
+    cli_snapshots_print(snapshots);
     json_t *data = json_object_get(json_object_get(j, "format-specific"), "data");
     if (json_object_size(data))
         puts("Format specific information:");
     const char *key;
     json_t *value;
     json_object_foreach(data, key, value) print_value(key, value, 4);
+}
+
+/* A damaged table is no reason to show nothing else. */
+static void load_snapshots_co(struct verb_ctx *ctx, struct node *n, struct snapshot_list *out) {
+    struct err e AUTO_ERR = ERR_INIT;
+    if (disk_has_snapshots(n) && disk_snapshot_list_co(n, out, &e) < 0)
+        cli_print_warning(ctx, "%s: %s", n->filename, err_text(&e));
 }
 
 static int info_run_co(struct verb_ctx *ctx) {
@@ -157,12 +168,14 @@ static int info_run_co(struct verb_ctx *ctx) {
         return rc;
     json_t *list = json_array();
     for (struct node *n = top; n; n = n->backing) {
-        json_t *j = describe(n);
+        AUTO_SNAPSHOTS struct snapshot_list snapshots = {0};
+        load_snapshots_co(ctx, n, &snapshots);
+        json_t *j = describe(n, &snapshots);
         json_array_append_new(list, j);
         if (a->output == OUTPUT_HUMAN) {
             if (n != top)
                 putchar('\n');
-            print_human(n, j);
+            print_human(n, j, &snapshots);
         }
     }
     if (a->output == OUTPUT_JSON)

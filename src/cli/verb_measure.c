@@ -20,6 +20,7 @@
 #include "base/size.h"
 #include "cli/cli.h"
 #include "cli/dialect.h"
+#include "cli/snapshots.h"
 #include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -47,8 +48,9 @@ static const struct cli_opt opts[] = {
              "size of the disk of a new, empty image"),
     CLI_FLAG(struct args, scan, 0, "scan",
              "read the data, too, and do not count what turns out to be zeros"),
-    CLI_STR(struct args, snapshot, 'l', "snapshot", "NAME",
-            "measure an internal snapshot (not yet possible)"),
+    CLI_STR(struct args, snapshot, 'l', "snapshot", "SNAPSHOT",
+            "measure this internal snapshot of FILE: snapshot.id=ID, snapshot.name=NAME, or one of "
+            "the two alone"),
     CLI_END};
 
 /* The create options of the target, filled. */
@@ -124,7 +126,7 @@ static int source_data_co(struct verb_ctx *ctx, const struct target *t, struct m
                           bool *bitmaps, uint64_t *bitmap_bytes) {
     const struct args *a = ctx->args;
     struct node *n;
-    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, 0, &n);
+    int rc = cli_open_snapshot_co(ctx, ctx->pos[0], &a->image, 0, a->snapshot, &n);
     if (rc < 0)
         return rc;
     *bitmaps = t->may_have_bitmaps && n->drv->format->bitmap_check;
@@ -170,8 +172,6 @@ static int check_args(struct verb_ctx *ctx) {
         return err_set(&ctx->err, EINVAL,
                        cli_words("--size and a FILE exclude each other",
                                  "--size N cannot be used together with a filename."));
-    if (a->snapshot)
-        return err_set(&ctx->err, ENOTSUP, "internal snapshots are not yet in this version");
     return 0;
 }
 

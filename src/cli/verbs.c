@@ -21,6 +21,7 @@ extern const struct verb verb_rebase;
 extern const struct verb verb_resize;
 extern const struct verb verb_run;
 extern const struct verb verb_serve;
+extern const struct verb verb_snapshot;
 
 /* clang-format off */
 const struct verb *const verb_table[] = {
@@ -35,6 +36,7 @@ const struct verb *const verb_table[] = {
     &verb_resize,
     &verb_amend,
     &verb_bitmap,
+    &verb_snapshot,
     &verb_measure,
     &verb_dd,
     &verb_bench,

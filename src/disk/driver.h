@@ -174,6 +174,24 @@ struct probe_data {
     const char *name; /* of the file, or NULL */
 };
 
+/* ---------------------------------------------------------------- internal snapshots */
+
+#define SNAPSHOT_ICOUNT_UNKNOWN UINT64_MAX
+
+/* A point in time that an image keeps inside itself.  The texts are owned, never NULL. */
+struct snapshot_info {
+    char *id, *name;
+    uint64_t vm_state_size; /* bytes of a machine's state that were saved with the disk; 0: none */
+    uint32_t date_sec, date_nsec;
+    uint64_t vm_clock_nsec;
+    uint64_t icount; /* instructions executed; SNAPSHOT_ICOUNT_UNKNOWN */
+    uint64_t disk_size;
+};
+struct snapshot_list {
+    struct snapshot_info *v; /* in the image's order */
+    size_t count;
+};
+
 struct format_ops {
     /* How likely it is an image of this format: 0 no .. 100 certain.  Pure. */
     int (*probe)(const struct probe_data *p);
@@ -287,6 +305,28 @@ struct format_ops {
     int (*bitmap_store_co)(struct node *n, struct err *e);
     /* The image no longer has `b`, stably.  The caller detaches it. */
     int (*bitmap_remove_co)(struct bitmap *b, struct err *e);
+
+    /*
+     * Internal snapshots (disk/snapshot.h wraps them).  All four NULL: not in this format;
+     * -ENOTSUP: not in this image.
+     *
+     * list: fills `out` (empty; freed by the caller, after an error too).  May run beside requests.
+     *
+     * The others are called quiesced, on a read-write node.  All or nothing, in memory and, when
+     * they return 0, on stable storage; killed at any instant, the image is as before or as after,
+     * and has leaks at most.
+     *
+     * create: keeps what the disk holds now under info's name and times; puts the new id (owned)
+     *   and disk size into *info.  -EOVERFLOW: a cluster would have more users than the image can
+     *   count.
+     * apply: the disk's content and size become those of snapshot `id`; what it held is lost.  The
+     *   driver sets n->size.
+     * del: forgets snapshot `id` and gives back what only it used.  -ENOENT for both: no such id.
+     */
+    int (*snapshot_list_co)(struct node *n, struct snapshot_list *out, struct err *e);
+    int (*snapshot_create_co)(struct node *n, struct snapshot_info *info, struct err *e);
+    int (*snapshot_apply_co)(struct node *n, const char *id, struct err *e);
+    int (*snapshot_delete_co)(struct node *n, const char *id, struct err *e);
 
     /* See struct check_result.  `fix` where nothing can be repaired: -ENOTSUP. */
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);

@@ -39,6 +39,7 @@ static const struct workload *const sets[] = {
     amend_workloads,
     repair_workloads,
     bitmap_workloads,
+    snapshot_workloads,
 };
 
 unsigned lab_rnd(struct lab *l, unsigned n) {

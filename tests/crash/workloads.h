@@ -10,5 +10,6 @@ extern const struct workload chain_workloads[]; /* chain.c: several images, size
 extern const struct workload amend_workloads[]; /* amend.c: options changed in use */
 extern const struct workload repair_workloads[]; /* repair.c: damage, and its repair */
 extern const struct workload bitmap_workloads[]; /* bitmap.c: dirty bitmaps */
+extern const struct workload snapshot_workloads[]; /* snapshot.c: internal snapshots */
 
 #endif

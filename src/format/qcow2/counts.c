@@ -179,6 +179,12 @@ uint64_t counts_get(const struct counts *c, uint64_t cluster) {
     return value == BYTE_BIG ? big_place(c->big, c->big_cap, cluster)->value : value;
 }
 
+bool counts_word(const struct counts *c, uint64_t cluster, uint64_t *bits) {
+    uintptr_t page = c->pages[cluster >> PAGE_BITS];
+    *bits = !page || page & PAGE_BYTES_FLAG ? 0 : bits_of(page)[cluster % PAGE_CLUSTERS / 64];
+    return !(page & PAGE_BYTES_FLAG);
+}
+
 static bool page_all(uintptr_t page, unsigned first, unsigned n, unsigned value) {
     if (!page)
         return value == 0;

@@ -36,6 +36,11 @@ uint64_t counts_get(const struct counts *c, uint64_t cluster);
 /* Every one of [first, first + n) is 1; none of them is above 0. */
 bool counts_all_one(const struct counts *c, uint64_t first, uint64_t n);
 bool counts_all_zero(const struct counts *c, uint64_t first, uint64_t n);
+/*
+ * The numbers of the 64 clusters from `cluster` (a multiple of 64) on as bits; false when one of
+ * them may be above 1 (then ask for each).
+ */
+bool counts_word(const struct counts *c, uint64_t cluster, uint64_t *bits);
 /* First cluster in [from, end) where the two differ, or `end`. */
 uint64_t counts_difference(const struct counts *a, const struct counts *b, uint64_t from,
                            uint64_t end);

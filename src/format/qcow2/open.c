@@ -25,17 +25,22 @@
 #include "disk/io.h"
 #include "disk/open.h"
 #include "format/qcow2/qcow2.h"
+#include "format/qcow2/snapshot.h"
 
 /* The header's first read: enough for all of it with the usual cluster size. */
 #define FIRST_READ ((uint32_t)(64 * KIB))
 
 struct qcow2_open_opts {
-    bool unused; /* the rows below are children, which have no field */
+    char *snapshot_id, *snapshot_name;
 };
 
 static const struct opt open_opts[] = {
     OPT_CHILD("file", OPT_OPEN, "the storage of the image"),
     OPT_CHILD("backing", OPT_OPEN, "the layer below; default: what the header names"),
+    OPT_STR(struct qcow2_open_opts, snapshot_id, "snapshot.id", OPT_OPEN,
+            "show the internal snapshot with this id, read-only"),
+    OPT_STR(struct qcow2_open_opts, snapshot_name, "snapshot.name", OPT_OPEN,
+            "show the internal snapshot with this name, read-only"),
     OPT_END,
 };
 
@@ -217,6 +222,24 @@ static uint64_t slices_wanted(const struct qcow2 *s, uint32_t slice_bytes) {
 
 /* ---------------------------------------------------------------- slots */
 
+/* The node shows one of the image's snapshots. */
+static bool is_snapshot(const struct node *n) {
+    const struct qcow2_open_opts *o = n->opts;
+    return o->snapshot_id || o->snapshot_name;
+}
+
+static int select_snapshot_co(struct qcow2 *s, struct err *e) {
+    const struct qcow2_open_opts *o = s->node->opts;
+    if (node_is_rw(s->node)) {
+        err_set(e, EROFS, "an internal snapshot can only be read");
+        err_hint(e, "'strata snapshot -a' makes the disk what the snapshot holds");
+        return -EROFS;
+    }
+    if (s->node->flags & NODE_CHECK)
+        return err_set(e, EINVAL, "a check is one of the whole image, not of one snapshot");
+    return qcow2_snapshot_select_co(s, o->snapshot_id, o->snapshot_name, e);
+}
+
 static int open_map_co(struct node *n, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     bool rw = node_is_rw(n), check = n->flags & NODE_CHECK;
@@ -226,7 +249,7 @@ static int open_map_co(struct node *n, struct err *e) {
     set_geometry(s);
     r = qcow2_header_check_features(&s->h, rw, check, e);
     if (!r)
-        r = load_l1_co(s, e);
+        r = is_snapshot(n) ? select_snapshot_co(s, e) : load_l1_co(s, e);
     if (!r && !(rw && !check && s->h.incompatible & QCOW2_INCOMPAT_DIRTY)) /* else mend_co does */
         r = check_reftable(s, e);
     if (!r && !check)
@@ -318,6 +341,8 @@ static int qcow2_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
     int r = 0;
     if (rw == node_is_rw(n))
         return 0;
+    if (rw && is_snapshot(n))
+        return err_set(e, EROFS, "an internal snapshot can only be read");
     if (rw) {
         r = make_writable_co(s, e);
     } else {
@@ -389,6 +414,10 @@ static const struct format_ops qcow2_format = {
     .bitmap_arm_co = qcow2_bitmap_arm_co,
     .bitmap_store_co = qcow2_bitmap_store_co,
     .bitmap_remove_co = qcow2_bitmap_remove_co,
+    .snapshot_list_co = qcow2_snapshot_list_co,
+    .snapshot_create_co = qcow2_snapshot_create_co,
+    .snapshot_apply_co = qcow2_snapshot_apply_co,
+    .snapshot_delete_co = qcow2_snapshot_delete_co,
     .check_co = qcow2_check_co,
     .describe = qcow2_describe,
     .measure = qcow2_measure,

@@ -19,6 +19,7 @@
  *      amend.c      other options for an image: version, widths; amend_counts.c, amend_zero.c
  *      marks.c      the dirty and corrupt bits
  *      check*.c counts.c repair*.c
+ *      snapshot.c   internal snapshots (snapshot.h), by way of shift.c: new tables in one step
  *      codec.c create.c measure.c describe.c
  *      bitmap_dir.c bitmap_store.c  persistent dirty bitmaps (bitmap.h)
  *
@@ -351,6 +352,12 @@ int qcow2_create_co(struct node *file, const void *create_opts, struct create_ct
                     struct err *e);
 int qcow2_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                   struct err *e);
+
+/* ---- snapshot.c: see snapshot.h ---- */
+int qcow2_snapshot_list_co(struct node *n, struct snapshot_list *out, struct err *e);
+int qcow2_snapshot_create_co(struct node *n, struct snapshot_info *info, struct err *e);
+int qcow2_snapshot_apply_co(struct node *n, const char *id, struct err *e);
+int qcow2_snapshot_delete_co(struct node *n, const char *id, struct err *e);
 
 /* ---- check.c ---- */
 int qcow2_check_co(struct node *n, struct check_result *r, struct err *e);
