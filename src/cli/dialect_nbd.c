@@ -64,7 +64,8 @@ static const struct cli_opt opts[] = {
     CLI_FLAG(struct args, version, 'V', "version", "print the version"),
     CLI_END};
 
-enum { NAME_BYTES_MAX = 4096 }; /* of export names and descriptions, by the protocol */
+enum { BITMAPS_PASSED_MAX = 63 }; /* one more than an export can have: then it says so */
+enum { NAME_BYTES_MAX = 4096 };   /* of export names and descriptions, by the protocol */
 
 static bool is_one_of(const char *text, const char *a, const char *b, const char *c) {
     return !strcmp(text, a) || !strcmp(text, b) || (c && !strcmp(text, c));
@@ -139,17 +140,13 @@ static int check_ability(struct err *e, const struct args *a) {
         return err_set(e, ENOTSUP, "Kernel /dev/nbdN support not available");
     if (a->load_snapshot)
         return err_set(e, ENOTSUP, "--load-snapshot: this version serves no internal snapshots");
-    if (a->bitmaps.n)
-        return err_set(e, ENOTSUP, "--bitmap: this version serves no bitmaps");
-    if (a->alloc_depth)
-        return err_set(e, ENOTSUP, "--allocation-depth: this version serves base:allocation only");
     return 0;
 }
 
 /* ---------------------------------------------------------------- the command line of serve */
 
 struct line {
-    char *v[64]; /* twice the options above, and a few */
+    char *v[128]; /* twice the options above, a few, and the bitmaps */
     int n;
 };
 
@@ -201,6 +198,9 @@ static int serve(const struct args *a, char *file) {
     put_flag(&l, "read-only", a->read_only && !a->snapshot);
     put_flag(&l, "snapshot", a->snapshot);
     put_flag(&l, "image-opts", a->image_opts);
+    put_flag(&l, "allocation-depth", a->alloc_depth);
+    for (size_t i = 0; i < a->bitmaps.n && i < BITMAPS_PASSED_MAX; i++)
+        put(&l, "bitmap", a->bitmaps.v[i]);
     l.v[l.n++] = xstrdup("--");
     l.v[l.n++] = xstrdup(file);
     int status = cli_verb_main(verb_find("serve"), l.n, l.v);

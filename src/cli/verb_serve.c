@@ -22,6 +22,7 @@
 #include "base/strbuf.h"
 #include "cli/daemon.h"
 #include "cli/dialect.h"
+#include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -39,7 +40,8 @@ struct args {
     const char *socket, *bind, *name, *description, *pid_file, *scratch, *keep;
     uint64_t port, scratch_size, share, offset;
     int discard, detect_zeroes;
-    bool snapshot, commit, read_only, fork, persistent, verbose;
+    bool snapshot, commit, read_only, fork, persistent, verbose, depth;
+    struct cli_list bitmaps;
     /* From prepare to run. */
     int status_fd, activated_fd, activated_n;
 };
@@ -69,6 +71,10 @@ static const struct cli_opt opts[] = {
              "write the temporary overlay back into the image at the end"),
     CLI_STR(struct args, keep, 0, "keep", "FILE",
             "save the temporary overlay as a qcow2 file at the end"),
+    CLI_LIST(struct args, bitmaps, 'B', "bitmap", "NAME",
+             "show clients what this dirty bitmap of the image has recorded"),
+    CLI_FLAG(struct args, depth, 'A', "allocation-depth",
+             "show clients which layer of the backing chain answers"),
     CLI_FLAG(struct args, persistent, 't', "persistent", "go on when the last client has left"),
     CLI_U64(struct args, share, 'e', "share", "N", 100, 1, 10000, "clients at once"),
     CLI_ENUM(struct args, discard, 0, "discard", "WHAT", discard_names, 1,
@@ -87,6 +93,7 @@ struct serve {
     struct args *a;
     struct node *node;
     struct nbd_server *server;
+    struct bitmap **bitmaps; /* those of --bitmap */
     struct task *task;
     bool stop;
     struct strbuf uri;
@@ -113,6 +120,8 @@ static int check_args(struct verb_ctx *ctx) {
     }
     if (a->snapshot && a->read_only)
         return err_set(e, EINVAL, "--snapshot and --read-only exclude each other");
+    if (a->bitmaps.n && a->offset)
+        return err_set(e, EINVAL, "--bitmap and --offset exclude each other");
     if (a->commit && a->keep)
         return err_set(e, EINVAL, "--commit-on-exit and --keep exclude each other");
     if (a->keep && access(a->keep, F_OK) == 0)
@@ -173,8 +182,7 @@ static int open_image_co(struct serve *s) {
         s->node->flags |= a->detect_zeroes == 1 ? NODE_DETECT_ZEROES : NODE_DETECT_UNMAP;
     if (dialect_is_qemu() && flags & OPEN_RW)
         dialect_warn_guessed(s->ctx, s->node);
-    if (!dialect_is_qemu() && (s->node->flags & NODE_GUESSED) &&
-        ((flags & OPEN_RW) || a->commit)) {
+    if (!dialect_is_qemu() && (s->node->flags & NODE_GUESSED) && ((flags & OPEN_RW) || a->commit)) {
         err_set(e, EINVAL,
                 "%s: no format was given and none was recognised; taken for raw it "
                 "could be turned by a guest into an image that names other files",
@@ -192,6 +200,33 @@ static int open_image_co(struct serve *s) {
     return rc;
 }
 
+/* The bitmaps that were named: of the image, or of one below it. */
+static int find_bitmaps_co(struct serve *s) {
+    const struct cli_list *names = &s->a->bitmaps;
+    struct err *e = &s->ctx->err;
+    s->bitmaps = xcalloc(names->n + 1, sizeof(*s->bitmaps));
+    for (size_t i = 0; i < names->n; i++) {
+        struct bitmap *b = NULL;
+        for (struct node *n = s->node; n && !b; n = n->backing)
+            b = bitmap_find(n, names->v[i]);
+        if (!b) {
+            char *safe AUTO_FREE = cli_safe(names->v[i]);
+            return err_set(e, ENOENT,
+                           cli_words("no bitmap '%s' in %s", "Bitmap '%s' is not found%.0s"), safe,
+                           s->ctx->pos[0]);
+        }
+        int rc = bitmap_load_co(b, e);
+        if (rc < 0 && dialect_is_qemu() && b->inconsistent) {
+            err_clear(e);
+            err_set(e, EINVAL, "Bitmap '%s' is inconsistent and cannot be used", b->name);
+        }
+        if (rc < 0)
+            return rc;
+        s->bitmaps[i] = b;
+    }
+    return 0;
+}
+
 /* Writes home what must not be lost. */
 static int finish_image_co(struct serve *s) {
     const struct args *a = s->a;
@@ -205,7 +240,10 @@ static int finish_image_co(struct serve *s) {
         return overlay_keep_co(s->node, a->keep, false, e);
     if (a->snapshot || a->read_only)
         return 0;
-    int rc = disk_flush_co(s->node);
+    int rc = bitmap_store_co(s->node, e);
+    if (rc < 0)
+        return err_prefix(e, "%s", s->node->filename);
+    rc = disk_flush_co(s->node);
     return rc < 0 ? err_errno(e, -rc, "%s: flush", s->node->filename) : 0;
 }
 
@@ -301,7 +339,13 @@ static void on_idle(void *arg) {
 static int start_server(struct serve *s) {
     const struct args *a = s->a;
     struct nbd_server_opts o = {
-        .export = {a->name, a->description, s->node, a->read_only},
+        .export = {.name = a->name,
+                   .description = a->description,
+                   .node = s->node,
+                   .read_only = a->read_only,
+                   .allocation_depth = a->depth,
+                   .bitmaps = s->bitmaps,
+                   .nbitmaps = (unsigned)a->bitmaps.n},
         .max_clients = (unsigned)a->share,
         .on_idle = on_idle,
         .arg = s,
@@ -345,6 +389,8 @@ static int serve_run_co(struct verb_ctx *ctx) {
         loop_on_signal(ctx->loop, stop_signals[i], on_signal, &s);
     int rc = open_image_co(&s);
     if (rc == 0)
+        rc = find_bitmaps_co(&s);
+    if (rc == 0)
         rc = start_server(&s);
     if (rc == 0)
         serve_until_stopped_co(&s);
@@ -363,6 +409,7 @@ static int serve_run_co(struct verb_ctx *ctx) {
         loop_off_signal(ctx->loop, stop_signals[i]);
     }
     strbuf_free(&s.uri);
+    free(s.bitmaps);
     return rc;
 }
 

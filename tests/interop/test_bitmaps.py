@@ -19,6 +19,7 @@ import time
 import pytest
 
 from qcow2_image import Qcow2
+from serving import Server
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 EXT_BITMAPS = 0x23852875
@@ -211,6 +212,118 @@ def test_a_merge_of_disks_of_different_sizes_is_refused(run, tmp_path):
         run("bitmap", "--add", path, "n")
     p = run("bitmap", "--merge", "n", "-b", b, a, "n", status=1)
     assert "different sizes" in p.stderr
+
+
+# ---- NBD
+
+def nbdmap(uri, context):
+    p = subprocess.run(["nbdinfo", "--json", f"--map={context}", uri], capture_output=True, text=True,
+                       timeout=60)
+    assert p.returncode == 0, p.stderr
+    out = []
+    for x in json.loads(p.stdout):
+        if out and out[-1][2] == x["type"]:
+            out[-1][1] += x["length"]
+        else:
+            out.append([x["offset"], x["length"], x["type"]])
+    return out
+
+
+@contextlib.contextmanager
+def qemu_nbd(tmp_path, *args):
+    sock = tmp_path / "theirs.sock"
+    p = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", sock, *map(str, args)])
+    try:
+        while not sock.exists() and p.poll() is None:
+            time.sleep(.01)
+        yield f"nbd+unix:///?socket={sock}"
+    finally:
+        p.terminate()
+        p.wait()
+
+
+@pytest.fixture
+def layers(run, io, tmp_path):
+    """top -> mid -> base, with bitmaps fine and coarse in top, and old in mid."""
+    base, mid, top = (tmp_path / n for n in ("base.qcow2", "mid.qcow2", "top.qcow2"))
+    run("create", "-f", "qcow2", base, "16M")
+    io(base, "write 0 1M")
+    run("create", "-f", "qcow2", "-b", base, "-F", "qcow2", mid)
+    run("bitmap", "--add", mid, "old")
+    io(mid, "write 512k 1M", "write -z 8M 64k")
+    run("create", "-f", "qcow2", "-b", mid, "-F", "qcow2", top)
+    run("bitmap", "--add", "-g", "4k", top, "fine")
+    run("bitmap", "--add", "-g", "1M", top, "coarse")
+    io(top, "write 700000 1000", "write -z 3M 100k", "write 15M 1M")
+    return top
+
+
+def test_serve_shows_the_contexts_that_qemu_nbd_shows(strata, layers, tmp_path):
+    options = ["-A", "-B", "fine", "-B", "coarse"]
+    with Server(strata, layers, "-f", "qcow2", "-r", "-t", *options,
+                socket_path=tmp_path / "s") as s, qemu_nbd(tmp_path, *options, layers) as theirs:
+        for context in ("qemu:dirty-bitmap:fine", "qemu:dirty-bitmap:coarse", "qemu:allocation-depth",
+                        "base:allocation"):
+            assert nbdmap(s.uri, context) == nbdmap(theirs, context), context
+        listed = [sorted(json.loads(subprocess.run(["nbdinfo", "--json", uri], capture_output=True)
+                                    .stdout)["exports"][0]["contexts"]) for uri in (s.uri, theirs)]
+        assert listed[0] == listed[1]
+
+
+def test_serve_finds_bitmaps_below_too_and_names_what_it_does_not_find(strata, layers, run, tmp_path):
+    with Server(strata, layers, "-f", "qcow2", "-r", "-t", "-B", "old", socket_path=tmp_path / "s") as s:
+        assert [x[:2] for x in nbdmap(s.uri, "qemu:dirty-bitmap:old") if x[2]] == \
+            [[512 * KIB, MIB], [8 * MIB, 64 * KIB]]
+    assert "no bitmap 'none'" in run("serve", "-k", tmp_path / "s", "-B", "none", layers, status=1).stderr
+
+
+def test_clients_see_what_they_write_themselves(strata, layers, bits, tmp_path):
+    with Server(strata, layers, "-f", "qcow2", "-t", "-B", "fine", socket_path=tmp_path / "s") as s:
+        before = nbdmap(s.uri, "qemu:dirty-bitmap:fine")
+        subprocess.run(["qemu-io", "-f", "raw", "-c", "write 6M 4k", "-c", "write -z 7M 8k", s.uri],
+                       check=True, stdout=subprocess.DEVNULL)
+        dirty = [x[:2] for x in nbdmap(s.uri, "qemu:dirty-bitmap:fine") if x[2]]
+        assert [6 * MIB, 4096] in dirty and [7 * MIB, 8192] in dirty
+        assert [6 * MIB, 4096] not in [x[:2] for x in before if x[2]]
+    assert [tuple(x) for x in dirty] == bits(layers, "fine")
+
+
+def test_the_drop_in_qemu_nbd_serves_bitmaps(strata, layers, broken, tmp_path):
+    link = tmp_path / "qemu-nbd"
+    link.symlink_to(os.path.abspath(strata))
+    sock = tmp_path / "d.sock"
+    p = subprocess.Popen([link, "-r", "-f", "qcow2", "-A", "-B", "fine", "-k", sock, layers])
+    while not sock.exists() and p.poll() is None:
+        time.sleep(.01)
+    assert [x for x in nbdmap(f"nbd+unix:///?socket={sock}", "qemu:dirty-bitmap:fine") if x[2]]
+    assert p.wait(30) == 0
+    for args in ["-B", "none", layers], ["-B", "b", broken]:
+        said = [re.sub("^.*qemu-nbd: ", "qemu-nbd: ", subprocess.run(
+            [prog, "-r", "-f", "qcow2", "-k", sock, *args], capture_output=True, text=True,
+            timeout=30).stderr) for prog in (link, "qemu-nbd")]
+        assert said[0] == said[1]
+
+
+def test_selected_contexts_come_in_one_answer(strata, layers, tmp_path):
+    """libnbd asks for several at once."""
+    with Server(strata, layers, "-f", "qcow2", "-r", "-t", "-A", "-B", "fine", "-B", "coarse",
+                socket_path=tmp_path / "s") as s:
+        p = subprocess.run(["/usr/bin/python3", "-c", f"""
+import nbd
+h = nbd.NBD()
+names = ["qemu:dirty-bitmap:coarse", "base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:fine"]
+for n in names:
+    h.add_meta_context(n)
+h.connect_uri({s.uri!r})
+got = {{}}
+h.block_status(16 << 20, 0, lambda c, o, e, err: got.__setitem__(c, e))
+assert sorted(got) == sorted(names), got
+assert sum(got["qemu:dirty-bitmap:fine"][0::2]) == 16 << 20
+one = {{}}
+h.block_status(16 << 20, 0, lambda c, o, e, err: one.__setitem__(c, e), nbd.CMD_FLAG_REQ_ONE)
+assert all(len(e) == 2 and e == got[c][:2] for c, e in one.items()), one
+"""], capture_output=True, text=True, timeout=60)
+        assert p.returncode == 0, p.stderr
 
 
 # ---- what is not touched

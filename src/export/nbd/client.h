@@ -52,6 +52,14 @@
 #define RX_BYTES (64u * 1024)
 #define TX_IOV 256
 
+/* Metadata contexts as bits; their ids are one more. */
+enum nbd_context {
+    NBD_CONTEXT_ALLOCATION, /* base:allocation */
+    NBD_CONTEXT_DEPTH,      /* qemu:allocation-depth */
+    NBD_CONTEXT_BITMAPS,    /* qemu:dirty-bitmap:NAME, from here on */
+    NBD_CONTEXTS_MAX = 64
+};
+
 struct nbd_req {
     struct list link; /* free list or reply queue */
     struct nbd_client *c;
@@ -75,7 +83,8 @@ struct nbd_client {
     unsigned id;
 
     /* handshake results */
-    bool no_zeroes, structured, allocation; /* allocation: base:allocation was selected */
+    bool no_zeroes, structured;
+    uint64_t contexts; /* bits of the selected metadata contexts, enum nbd_context */
 
     /* receiver */
     uint8_t *rx; /* RX_BYTES */
@@ -105,7 +114,9 @@ struct nbd_server {
     struct loop *loop;
     char *name, *description;
     struct node *node;
-    bool read_only;
+    bool read_only, allocation_depth;
+    struct bitmap **bitmaps; /* loaded; they outlive the server */
+    unsigned nbitmaps;
     unsigned max_clients;
     int64_t handshake_timeout_ns;
     void (*on_idle)(void *arg);
@@ -139,6 +150,8 @@ void nbd_req_put(struct nbd_req *r);
 void nbd_command_run_co(struct nbd_req *r);
 /* The answer to a request that failed: `error` is -errno; `message` static text or NULL. */
 void nbd_command_fail(struct nbd_req *r, int error, const char *message);
+/* status.c: the answer to BLOCK_STATUS; some context has been selected. */
+void nbd_block_status_co(struct nbd_req *r);
 /* Page-aligned buffers for `length` bytes of payload.  -ENOMEM. */
 int nbd_req_buffers(struct nbd_req *r, uint32_t length);
 /* The payload as a scatter list of at most BUFS_MAX elements. */

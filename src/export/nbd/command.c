@@ -23,9 +23,6 @@
 #define CHUNKS_MAX 16
 /* Copies of this size are moved on a worker thread, so that other clients are not held up. */
 #define BULK_FROM (1u << 20)
-/* Extents of one block status reply, and map questions asked for it: bounds work and memory. */
-#define EXTENTS_MAX 1024
-#define STATUS_CALLS_MAX 2048
 
 /* ---------------------------------------------------------------- replies */
 
@@ -253,54 +250,6 @@ static int trim_co(struct nbd_req *r) {
     return rc;
 }
 
-/* ---------------------------------------------------------------- block status */
-
-static uint32_t state_bits(const struct status *st) {
-    return (st->data ? 0 : NBD_STATE_HOLE) | (st->zero ? NBD_STATE_ZERO : 0);
-}
-
-static void block_status_co(struct nbd_req *r) {
-    unsigned max = r->cmd.flags & NBD_CMD_FLAG_REQ_ONE ? 1 : EXTENTS_MAX;
-    const size_t head = NBD_CHUNK_BYTES + 4;
-    uint8_t *buf = malloc(head + (size_t)max * 8);
-    if (!buf) {
-        nbd_command_fail(r, -ENOMEM, NULL);
-        return;
-    }
-    r->extra = buf;
-    unsigned n = 0;
-    uint32_t at = 0, run = 0, bits = 0;
-    for (unsigned calls = 0; at < r->cmd.length && calls < STATUS_CALLS_MAX; calls++) {
-        uint32_t left = r->cmd.length - at;
-        struct status st;
-        int rc = disk_status_co(r->c->s->node, r->cmd.offset + at, left, STATUS_PRECISE, &st);
-        if (rc < 0) {
-            nbd_command_fail(r, rc, NULL);
-            return;
-        }
-        uint32_t len = st.length < left ? (uint32_t)st.length : left;
-        if (run && state_bits(&st) != bits) {
-            be32_store(buf + head + (size_t)n * 8, run);
-            be32_store(buf + head + (size_t)n * 8 + 4, bits);
-            n++;
-            run = 0;
-            if (n == max)
-                break;
-        }
-        bits = state_bits(&st);
-        run += len;
-        at += len;
-    }
-    if (run) {
-        be32_store(buf + head + (size_t)n * 8, run);
-        be32_store(buf + head + (size_t)n * 8 + 4, bits);
-        n++;
-    }
-    nbd_chunk_encode(buf, r->cmd.cookie, NBD_CHUNK_FLAG_DONE, NBD_CHUNK_BLOCK_STATUS, 4 + n * 8);
-    be32_store(buf + NBD_CHUNK_BYTES, 1); /* the id that SET_META_CONTEXT gave out */
-    reply_inline(r, buf, head + (size_t)n * 8);
-}
-
 /* ---------------------------------------------------------------- checks */
 
 static bool changes(uint16_t type) {
@@ -334,8 +283,8 @@ static int check(struct nbd_req *r) {
         r->message = "a read above the maximum block size";
         return -EINVAL;
     }
-    if (q->type == NBD_CMD_BLOCK_STATUS && (!c->allocation || q->length == 0)) {
-        r->message = c->allocation ? "block status of nothing" : "no metadata context was selected";
+    if (q->type == NBD_CMD_BLOCK_STATUS && (!c->contexts || q->length == 0)) {
+        r->message = c->contexts ? "block status of nothing" : "no metadata context was selected";
         return -EINVAL;
     }
     return 0;
@@ -352,7 +301,7 @@ void nbd_command_run_co(struct nbd_req *r) {
         read_co(r);
         return;
     case NBD_CMD_BLOCK_STATUS:
-        block_status_co(r);
+        nbd_block_status_co(r);
         return;
     case NBD_CMD_WRITE:
         rc = write_co(r);

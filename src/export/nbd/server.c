@@ -164,8 +164,16 @@ int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct
         return err_set(e, EINVAL,
                        "%s: the NBD protocol wants UTF-8 text of at most %u bytes, without NUL",
                        nbd_name_valid(n) ? "description" : "export name", NBD_STRING_MAX);
+    if (opts->export.nbitmaps > NBD_CONTEXTS_MAX - NBD_CONTEXT_BITMAPS)
+        return err_set(e, EFBIG, "%u bitmaps are more than the %u that one export can have",
+                       opts->export.nbitmaps, NBD_CONTEXTS_MAX - NBD_CONTEXT_BITMAPS);
     struct nbd_server *s = xcalloc(1, sizeof(*s));
     s->loop = loop;
+    s->allocation_depth = opts->export.allocation_depth;
+    s->nbitmaps = opts->export.nbitmaps;
+    s->bitmaps = xcalloc(s->nbitmaps + 1, sizeof(*s->bitmaps));
+    for (unsigned i = 0; i < s->nbitmaps; i++)
+        s->bitmaps[i] = opts->export.bitmaps[i];
     s->name = xstrdup(name);
     s->description = desc ? xstrdup(desc) : NULL;
     s->node = opts->export.node;
@@ -228,5 +236,6 @@ void nbd_server_free(struct nbd_server *s) {
         return;
     free(s->name);
     free(s->description);
+    free(s->bitmaps);
     free(s);
 }

@@ -2,7 +2,8 @@
 /*
  * The NBD server: one node, any number of clients, one loop.
  *
- * Fixed newstyle, structured replies, base:allocation (protocols.md, "NBD").  A client that breaks
+ * Fixed newstyle, structured replies, base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:
+ * (protocols.md, "NBD").  A client that breaks
  * the protocol loses its connection; nobody else notices.
  */
 #ifndef STRATA_EXPORT_NBD_SERVER_H
@@ -13,6 +14,7 @@
 
 struct loop;
 struct node;
+struct bitmap;
 struct err;
 struct nbd_server;
 
@@ -21,6 +23,11 @@ struct nbd_export {
     const char *description; /* NULL none */
     struct node *node;       /* borrowed: outlives the server */
     bool read_only;
+    bool allocation_depth; /* offer qemu:allocation-depth */
+    /* Offered as qemu:dirty-bitmap:NAME, at most 62; borrowed like the node, and their bits loaded
+     * (bitmap_load_co); not to be removed meanwhile. */
+    struct bitmap *const *bitmaps;
+    unsigned nbitmaps;
 };
 
 struct nbd_server_opts {
