@@ -101,6 +101,8 @@ struct bitmap_set {
  * n->bitmaps is set; the caller is inside a request (node_enter_co).
  */
 int bitmap_mark_co(struct node *n, uint64_t offset, uint64_t length);
+/* All of the disk: another snapshot becomes the content, the image is emptied. */
+int bitmap_mark_all_co(struct node *n, struct err *e);
 /*
  * Around a change of the node's size, quiesced.  `begin` refuses when a bitmap could not follow
  * (-ENOTSUP, with its name) and arms and loads the others; `end` gives them n->size.  What the disk
@@ -108,12 +110,6 @@ int bitmap_mark_co(struct node *n, uint64_t offset, uint64_t length);
  */
 int bitmap_resize_begin_co(struct node *n, struct err *e);
 void bitmap_resize_end(struct node *n);
-/*
- * Around a change of all content, quiesced: another snapshot becomes it, maybe of another size.
- * `begin` refuses nothing but what storage refuses: a bitmap that cannot follow stays in use.
- */
-int bitmap_replace_begin_co(struct node *n, struct err *e);
-void bitmap_replace_end(struct node *n);
 /* The node goes away: its format has stored what it could. */
 void bitmap_set_free(struct node *n);
 

@@ -233,6 +233,13 @@ int bitmap_mark_co(struct node *n, uint64_t offset, uint64_t length) {
     return 0;
 }
 
+int bitmap_mark_all_co(struct node *n, struct err *e) {
+    if (!n->bitmaps || !n->size)
+        return 0;
+    int r = bitmap_mark_co(n, 0, n->size);
+    return r < 0 ? err_errno(e, -r, "telling the image that its bitmaps are in use") : 0;
+}
+
 /* ---------------------------------------------------------------- operations */
 
 static int check_new(const struct node *n, const struct bitmap_new *what, uint64_t granularity,
@@ -428,25 +435,4 @@ void bitmap_resize_end(struct node *n) {
     }
     if (n->bitmaps)
         bitmap_set_update(n->bitmaps);
-}
-
-/* ---------------------------------------------------------------- another content */
-
-int bitmap_replace_begin_co(struct node *n, struct err *e) {
-    for (struct bitmap *b = NULL; n->bitmaps && (b = bitmap_next(n, b));) {
-        if (usable(b) && bitmap_load_co(b, NULL) < 0)
-            b->foreign = "cannot be read";
-        b->arm = true;
-    }
-    return n->bitmaps ? arm_wanted_co(n->bitmaps, e) : 0;
-}
-
-void bitmap_replace_end(struct node *n) {
-    bitmap_resize_end(n);
-    for (struct bitmap *b = NULL; n->bitmaps && (b = bitmap_next(n, b));) {
-        if (!b->enabled || !usable(b))
-            continue;
-        bitmap_set_range(b, 0, b->size);
-        n->bitmaps->changed = true;
-    }
 }
