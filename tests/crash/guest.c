@@ -112,12 +112,13 @@ static void grow_co(struct lab *l) {
 
 static void request_co(struct lab *l, unsigned i, unsigned what) {
     const struct workload *w = l->w;
-    uint64_t blocks = (w->span ? min_u64(w->span, l->disk->size) : l->disk->size) / BLOCK;
+    uint64_t size = model_size(l);
+    uint64_t blocks = (w->span ? min_u64(w->span, size) : size) / BLOCK;
     uint64_t count = 1 + lab_rnd(l, w->max_blocks), first = lab_rnd(l, (unsigned)blocks);
     unsigned edge = 0;
     if (w->drift)
-        first += (l->disk->size / BLOCK - blocks) * i / w->requests;
-    count = min_u64(count, l->disk->size / BLOCK - first);
+        first += (size / BLOCK - blocks) * i / w->requests;
+    count = min_u64(count, size / BLOCK - first);
     if (what < (edge += w->flush))
         lab_flush(l);
     else if (what < (edge += w->zero))

@@ -241,6 +241,8 @@ void model_switch_begin(struct lab *l, const struct model_mark *to);
 void model_switch_end(struct lab *l, bool durable);
 void model_size_begin(struct lab *l, uint64_t size);
 void model_size_end(struct lab *l);
+/* What guests know of the disk: its size since the last change that has ended. */
+uint64_t model_size(const struct lab *l);
 /* All that was written so far is on stable storage (an operation that promises it has ended). */
 void model_all_settled(struct lab *l);
 

@@ -176,6 +176,13 @@ void model_size_begin(struct lab *l, uint64_t size) {
         push(&l->block[b], (struct version){.start = now});
 }
 
+uint64_t model_size(const struct lab *l) {
+    unsigned i = l->size.count;
+    while (i > 1 && l->size.v[i - 1].end == UINT64_MAX)
+        i--;
+    return (uint64_t)l->size.v[i - 1].id * BLOCK;
+}
+
 void model_size_end(struct lab *l) {
     uint64_t now = machine_tick();
     end_version(&l->size.v[l->size.count - 1], now);

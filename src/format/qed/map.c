@@ -272,7 +272,7 @@ int qed_flush_co(struct node *n) {
     uint64_t end = s->next << s->cluster_bits;
     if (!r && l2.count && s->file->size < end)
         r = disk_resize_co(s->file, end, PREALLOC_OFF, NULL);
-    if (!r && PLANTED(L1_BEFORE_L2))
+    if (!r && PLANTED(TABLE_NAMED_EARLY))
         r = pages_write_co(&s->pages, &l1);
     if (!r && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = disk_flush_co(s->file);

@@ -446,7 +446,7 @@ int vpc_flush_co(struct node *n) {
         r = write_footer_co(s, s->end);
         s->footer_moved |= r < 0;
     }
-    if (!r && PLANTED(L1_BEFORE_L2))
+    if (!r && PLANTED(TABLE_NAMED_EARLY))
         r = pages_write_co(&s->pages, &bat);
     if (!r && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = disk_flush_co(s->file);

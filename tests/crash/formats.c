@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: MIT */
+/* Workloads of guests' requests on the other formats that can be written. */
+#include "workloads.h"
+
+const struct workload format_workloads[] = {
+    {"vdi-4k", "block_size=4k", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 256 * KIB, .format = "vdi",
+     .plants = "VDI_COUNT_LAST"},
+    {"vdi-1m", "", 4 * MIB, 60, 12, 3, 10, 5, 0, 0, 200, 0, .format = "vdi"},
+    {"vdi-grow", "block_size=8k", 3300 * KIB, 70, 12, 3, 5, 10, 0, 5, 24, 0, .format = "vdi"},
+    {"qed-4k", "cluster_size=4k,table_size=1", 3 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
+     .format = "qed", .plants = "TABLE_NAMED_EARLY"},
+    {"qed-64k", "", 4 * MIB, 60, 12, 3, 10, 10, 0, 0, 200, 0, .format = "qed"},
+    {"qed-grow", "cluster_size=4k,table_size=1", 1600 * KIB, 70, 12, 3, 5, 10, 0, 5, 24, 0,
+     .format = "qed"},
+    {"qed-overlay", "cluster_size=4k,backing_file=lab:1,backing_fmt=raw", 2 * MIB, 80, 12, 3, 10,
+     10, 0, 4, 40, 256 * KIB, .format = "qed",
+     .below = {{"raw", "", 3 * MIB, .filled = true, .no_check = true}}},
+    {"vpc", "force_size=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vpc"},
+    {"vpc-grow", "force_size=on", 1600 * KIB, 70, 12, 3, 5, 10, 0, 5, 24, 0, .format = "vpc"},
+    {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
+     .format = "vpc"},
+    {0},
+};
