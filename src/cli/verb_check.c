@@ -214,7 +214,7 @@ static int check_run_co(struct verb_ctx *ctx) {
         return rc;
     struct node *n;
     rc = cli_open_co(ctx, ctx->pos[0], &a->image,
-                     OPEN_NO_BACKING | OPEN_CHECK | (fix ? OPEN_RW : 0), &n);
+                     OPEN_NO_BACKING | OPEN_NO_DATA | OPEN_CHECK | (fix ? OPEN_RW : 0), &n);
     if (rc < 0)
         return rc;
     if (n->drv->format && n->drv->format->check_co) {

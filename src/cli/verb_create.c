@@ -85,7 +85,7 @@ static int look_at_backing_co(struct verb_ctx *ctx, const char *image, const cha
     if (same_file(image, full))
         return err_set(&ctx->err, EINVAL, "the image cannot be its own backing file");
     struct open_req req = {
-        .name = full, .format = format, .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
+        .name = full, .format = format, .flags = OPEN_NO_BACKING | OPEN_NO_DATA, .gate = GATE_NONE};
     struct node *n;
     int rc = node_open_co(&req, &n, &ctx->err);
     if (rc < 0) {

@@ -162,7 +162,7 @@ static void load_snapshots_co(struct verb_ctx *ctx, struct node *n, struct snaps
 static int info_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     struct node *top;
-    unsigned flags = a->chain ? 0 : OPEN_NO_BACKING;
+    unsigned flags = OPEN_NO_DATA | (a->chain ? 0 : OPEN_NO_BACKING);
     int rc = cli_open_co(ctx, ctx->pos[0], &a->image, flags, &top);
     if (rc < 0)
         return rc;
@@ -186,7 +186,7 @@ static int info_run_co(struct verb_ctx *ctx) {
 }
 
 static const char *const details[] = {
-    "Nothing but the image itself is opened: its backing file is named, not read. With "
+    "Nothing but the image itself is opened: its backing file and its data file are named, not read. With "
     "--backing-chain each image of the chain is described, the one given first; the names inside "
     "images are then followed as far as --trust allows.",
     "With --output=json the keys are those of qemu-img.", NULL};

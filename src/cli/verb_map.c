@@ -138,9 +138,11 @@ static struct run run_from_status(const struct status *st, uint64_t start) {
 static int map_range_co(struct verb_ctx *ctx, struct node *n, uint64_t start, uint64_t end,
                         struct printer *p) {
     struct run cur = {0};
+    /* That program does not ask an external data file for its holes. */
+    unsigned precise = dialect_is_qemu() && n->data_file ? 0 : STATUS_PRECISE;
     for (uint64_t at = start; at < end;) {
         struct status st;
-        int rc = disk_status_co(n, at, end - at, STATUS_PRECISE, &st);
+        int rc = disk_status_co(n, at, end - at, precise, &st);
         if (rc < 0) {
             print_run(p, &cur);
             return err_errno(&ctx->err, -rc, "%s: reading the map at offset %" PRIu64, n->filename,

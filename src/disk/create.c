@@ -112,6 +112,43 @@ static int create_storage_co(const char *name, unsigned flags, bool special, str
     return storage_create_co(&ctx, out, e);
 }
 
+static bool same_place(const char *a, const char *b) {
+    struct stat x, y;
+    if (!strncmp(b, "file:", 5))
+        b += 5;
+    return !strcmp(a, b) || (!strncmp(a, "./", 2) && !strcmp(a + 2, b)) ||
+           (stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino);
+}
+
+int data_file_create_co(const char *name, const char *image, uint64_t size, int prealloc,
+                        struct node **out, struct err *e) {
+    bool special;
+    struct node *file = NULL;
+    if (image && same_place(name, image))
+        return err_set(e, EINVAL, "it is the image itself");
+    int r = create_check_target_co(name, &special, e);
+    if (!r)
+        r = create_storage_co(name, CREATE_REPLACE, special, &file, e);
+    if (!r && file->size < size)
+        r = disk_resize_co(file, size, prealloc, e);
+    if (r < 0) {
+        node_unref_co(file);
+        return r;
+    }
+    *out = file;
+    return 0;
+}
+
+int data_file_finish_co(struct node *file, const char *name, struct err *e) {
+    struct stat st;
+    int r = disk_flush_co(file);
+    if (r < 0)
+        return err_errno(e, -r, "flushing the data file '%s'", name);
+    if (stat(name, &st) < 0 || !S_ISBLK(st.st_mode))
+        r = node_link_co(file, name, true, e);
+    return r < 0 ? err_prefix(e, "data file '%s'", name) : 0;
+}
+
 int disk_create_co(const char *name, const char *format, const json_t *options, unsigned flags,
                    struct err *e) {
     const struct driver *drv = driver_find(format);

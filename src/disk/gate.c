@@ -45,6 +45,21 @@ char *backing_resolve(const char *image, const char *claimed, struct err *e) {
     return slash ? xasprintf("%.*s%s", (int)(slash + 1 - path), path, claimed) : xstrdup(claimed);
 }
 
+char *data_file_resolve(const char *image, const char *claimed, struct err *e) {
+    if (claimed[0] == '/')
+        return xstrdup(claimed);
+    if (!image || !strncmp(image, "json:", 5) || name_has_protocol(local_part(image))) {
+        err_set(e, EINVAL, "cannot tell which folder the relative name '%s' belongs to", claimed);
+        err_hint(e, "name the data file with data-file=...");
+        return NULL;
+    }
+    const char *path = local_part(image), *slash = strrchr(path, '/');
+    if (slash)
+        return xasprintf("%.*s%s", (int)(slash + 1 - path), path, claimed);
+    /* With a slash before its colon nothing takes it for a protocol. */
+    return name_has_protocol(claimed) ? xasprintf("./%s", claimed) : xstrdup(claimed);
+}
+
 static char *folder_real(const char *image) {
     const char *path = local_part(image), *slash = strrchr(path, '/');
     AUTO_FREE char *dir = slash ? xstrndup(path, slash == path ? 1 : slash - path) : xstrdup(".");

@@ -186,7 +186,7 @@ int disk_flush_co(struct node *n) {
 }
 
 void disk_writeback_co(struct node *n) {
-    struct node *s = node_storage(n);
+    struct node *s = node_data_storage(n); /* of metadata there is little */
     if (!node_is_rw(s) || s->flags & NODE_NO_FLUSH || !s->drv->storage->writeback_co)
         return;
     node_enter_co(s);
@@ -320,6 +320,11 @@ int disk_copy_range_co(struct node *src, uint64_t src_off, struct node *dst, uin
 }
 
 int64_t disk_allocated(struct node *n) {
-    struct node *s = node_storage(n);
-    return s->drv->storage && s->drv->storage->allocated ? s->drv->storage->allocated(s) : -ENOTSUP;
+    struct node *s = node_storage(n), *data = node_data_storage(n);
+    if (!s->drv->storage || !s->drv->storage->allocated)
+        return -ENOTSUP;
+    int64_t bytes = s->drv->storage->allocated(s), more = 0;
+    if (data != s && data->drv->storage && data->drv->storage->allocated)
+        more = data->drv->storage->allocated(data);
+    return bytes < 0 ? bytes : bytes + (more > 0 ? more : 0);
 }

@@ -43,6 +43,7 @@ void node_destroy_co(struct node *n) {
         n->drv->close_co(n);
     bitmap_set_free(n);
     node_unref_co(n->file);
+    node_unref_co(n->data_file);
     node_unref_co(n->backing);
     unit_cache_drop(n);
     if (n->drv->opts && n->opts)
@@ -53,6 +54,7 @@ void node_destroy_co(struct node *n) {
     free(n->filename);
     free(n->backing_name);
     free(n->backing_format);
+    free(n->data_name);
     free(n);
 }
 
@@ -109,6 +111,12 @@ struct node *node_storage(struct node *n) {
     return n;
 }
 
+struct node *node_data_storage(struct node *n) {
+    while (n->file)
+        n = n->data_file ? n->data_file : n->file;
+    return n;
+}
+
 /* The permissions that a child needs when its parent becomes read-write or read-only. */
 static void child_perms(const struct node *child, bool rw, unsigned parent_perm,
                         unsigned parent_shared, unsigned *perm, unsigned *shared) {
@@ -123,20 +131,42 @@ static void child_perms(const struct node *child, bool rw, unsigned parent_perm,
     }
 }
 
+static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e);
+
+/* The children that hold this node's own bytes, for a parent with `perm` and `shared`. */
+static int reopen_files_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e) {
+    struct node *files[] = {n->file, n->data_file};
+    for (int i = 0; i < 2; i++) {
+        unsigned file_perm, file_shared;
+        if (!files[i])
+            continue;
+        child_perms(files[i], rw, perm, shared, &file_perm, &file_shared);
+        int r = reopen_one_co(files[i], rw, file_perm, file_shared, e);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static void files_to_read_only_co(struct node *n, unsigned shared) {
+    struct node *files[] = {n->file, n->data_file};
+    for (int i = 0; i < 2; i++)
+        if (files[i] && node_is_rw(files[i]))
+            reopen_one_co(files[i], false, files[i]->perm & ~(PERM_WRITE | PERM_RESIZE), shared,
+                          NULL);
+}
+
 static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e) {
     unsigned old_perm = n->perm, old_shared = n->shared, old_flags = n->flags;
     unsigned flags = rw ? old_flags | NODE_RW : old_flags & ~NODE_RW;
-    unsigned file_perm = 0, file_shared = 0;
-    int r = 0;
 
     /* Going up, storage must be writable before the format writes; going down, after. */
-    if (n->file)
-        child_perms(n->file, rw, perm, shared, &file_perm, &file_shared);
-    if (n->file && rw && (r = reopen_one_co(n->file, rw, file_perm, file_shared, e)) < 0)
-        return r;
-    n->perm = perm;
-    n->shared = shared;
-    if (n->drv->reopen_co) {
+    int r = rw ? reopen_files_co(n, rw, perm, shared, e) : 0;
+    if (!r) {
+        n->perm = perm;
+        n->shared = shared;
+    }
+    if (!r && n->drv->reopen_co) {
         node_quiesce_co(n); /* requests from above may come around the format node (chain.c) */
         r = n->drv->reopen_co(n, flags, e);
         node_resume(n);
@@ -144,15 +174,12 @@ static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared
     if (r < 0) {
         n->perm = old_perm;
         n->shared = old_shared;
-        if (n->file && rw && !(old_flags & NODE_RW))
-            reopen_one_co(n->file, false, n->file->perm & ~(PERM_WRITE | PERM_RESIZE), old_shared,
-                          NULL);
+        if (rw && !(old_flags & NODE_RW))
+            files_to_read_only_co(n, old_shared);
         return r;
     }
     n->flags = flags;
-    if (n->file && !rw)
-        r = reopen_one_co(n->file, rw, file_perm, file_shared, e);
-    return r;
+    return rw ? 0 : reopen_files_co(n, rw, perm, shared, e);
 }
 
 int node_reopen_co(struct node *n, bool rw, struct err *e) {

@@ -81,9 +81,11 @@ struct node {
     const struct codec *codec; /* format with coded units */
 
     struct node *file;    /* format, filter: where its bytes lie */
+    struct node *data_file; /* format: where guest bytes lie when not in `file`; NULL: there */
     struct node *backing; /* format: what holes read as; NULL none */
     char *backing_name;   /* what the image's header claims, unopened too; NULL none */
     char *backing_format; /* recorded format of it; NULL none */
+    char *data_name;      /* external data file that the header claims, unopened too; NULL none */
 
     struct range_lock locks; /* orders requests (io.c) */
     unsigned in_flight;      /* requests inside the engine */
@@ -126,5 +128,7 @@ int node_restrict_co(struct node *n, unsigned shared, struct err *e);
 
 /* Storage and format under all filters: the node that `raw` and friends put their bytes on. */
 struct node *node_storage(struct node *n);
+/* The same for guest data: it may lie in a file of its own. */
+struct node *node_data_storage(struct node *n);
 
 #endif

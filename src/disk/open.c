@@ -530,6 +530,70 @@ int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     return r;
 }
 
+/* ---- external data files ---- */
+
+bool node_has_data_option(const struct open_ctx *ctx) {
+    return json_object_get(ctx->tree, "data-file");
+}
+
+/* A file that holds one of the images being opened, or the same data file again, is no place for
+ * guest data. */
+static int check_data_file(const struct open_ctx *ctx, const json_t *tree, struct err *e) {
+    const char *name = tree_str(tree, "filename");
+    struct stat st;
+    if (!name || stat(name, &st) < 0)
+        return 0;
+    for (const struct open_ctx *c = ctx; c; c = c->parent)
+        if (c->has_id && c->dev == st.st_dev && c->ino == st.st_ino)
+            return err_set(e, EINVAL, "'%s' is the image itself, or one above it", name);
+    return 0;
+}
+
+static int claimed_data_co(struct node *n, struct open_ctx *ctx, json_t **out, struct err *e) {
+    if (!n->data_name) {
+        err_set(e, EINVAL, "'data-file' is required for this image");
+        err_hint(e,
+                 "it keeps its data in a file whose name it does not record: give data-file=...");
+        return -EINVAL;
+    }
+    AUTO_FREE char *resolved = data_file_resolve(n->filename, n->data_name, e);
+    if (!resolved)
+        return -e->code;
+    int r = gate_check(ctx->req->gate, n->filename, resolved, n->data_name, e);
+    if (r < 0)
+        return r;
+    *out = json_object();
+    json_object_set_new(*out, "driver", json_string("file"));
+    json_object_set_new(*out, "filename", json_string_nocheck(resolved));
+    return 0;
+}
+
+int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
+    const json_t *user = json_object_get(ctx->tree, "data-file");
+    AUTO_JSON json_t *tree = NULL;
+    struct node_want want;
+    struct err why AUTO_ERR = ERR_INIT;
+    if (ctx->req->flags & OPEN_NO_DATA)
+        return 0;
+    child_want(n, CHILD_FILE_DATA, &want);
+    int r = user ? child_tree(user, true, &tree, &why) : claimed_data_co(n, ctx, &tree, &why);
+    if (!r)
+        r = check_data_file(ctx, tree, &why);
+    if (!r)
+        r = open_tree_co(tree, ctx, ctx->req, &want, NULL, &n->data_file, &why);
+    if (r < 0) {
+        AUTO_STRBUF struct strbuf b = STRBUF_INIT;
+        const char *name = n->data_name ? n->data_name : "given by option";
+        strbuf_put_safe(&b, user ? "given by option" : name,
+                        strlen(user ? "given by option" : name));
+        if (user || n->data_name)
+            err_prefix(&why, "data file '%s'", b.s);
+        if (e)
+            err_move(e, &why);
+    }
+    return r;
+}
+
 /* ---- entry points ---- */
 
 static unsigned req_node_flags(const struct open_req *req) {

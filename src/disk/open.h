@@ -36,11 +36,12 @@ unsigned cache_node_flags(enum cache_mode m); /* NODE_DIRECT, NODE_NO_FLUSH, NOD
 
 enum open_flags {
     OPEN_RW = 1,
-    OPEN_NO_BACKING = 2,  /* leave node->backing NULL; backing_name still tells */
-    OPEN_FORCE_SHARE = 4, /* -U */
-    OPEN_CHECK = 8,       /* NODE_CHECK */
-    OPEN_UNMAP = 16,      /* default of discard= is unmap */
-    OPEN_SHARE_WRITE = 32 /* raw top-level: others may write too (qemu-io style) */
+    OPEN_NO_BACKING = 2,   /* leave node->backing NULL; backing_name still tells */
+    OPEN_FORCE_SHARE = 4,  /* -U */
+    OPEN_CHECK = 8,        /* NODE_CHECK */
+    OPEN_UNMAP = 16,       /* default of discard= is unmap */
+    OPEN_SHARE_WRITE = 32, /* raw top-level: others may write too (qemu-io style) */
+    OPEN_NO_DATA = 64      /* leave an external data file closed: metadata is all that is asked */
 };
 
 struct open_req {
@@ -70,8 +71,9 @@ enum child_role {
     CHILD_ROOT,          /* nobody's child: the disk as its user sees it */
     CHILD_FILE_METADATA, /* the format keeps metadata there: writes need WRITE|RESIZE, refuse both
                             to others */
-    CHILD_FILE_RAW,      /* the parent passes guest bytes through: parent's own permissions */
-    CHILD_BACKING,       /* read only; refuses WRITE and RESIZE to others */
+    CHILD_FILE_DATA, /* guest bytes alone, at places that the parent's metadata name: the same */
+    CHILD_FILE_RAW,  /* the parent passes guest bytes through: parent's own permissions */
+    CHILD_BACKING,   /* read only; refuses WRITE and RESIZE to others */
 };
 /*
  * Opens the child that key `key` of n's option tree describes (or, for CHILD_BACKING, the default
@@ -86,6 +88,16 @@ int node_open_child_co(struct node *n, struct open_ctx *ctx, const char *key, en
 int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e);
 /* False when the user asked for none. */
 bool node_wants_backing(const struct open_ctx *ctx);
+
+/*
+ * Call after n->data_name is known, for an image whose guest bytes lie in a file of their own:
+ * opens and sets n->data_file, by option data-file, else what the image claims, through the gate
+ * and as a plain path whatever it looks like.  Left NULL for OPEN_NO_DATA.  -EINVAL: no name, or
+ * the image's own file.
+ */
+int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e);
+/* The user's options name an external data file. */
+bool node_has_data_option(const struct open_ctx *ctx);
 
 /* A format on top of an already open storage node (its reference is taken over on success). */
 int node_open_on_co(struct node *file, const struct driver *format, const json_t *options,
@@ -130,6 +142,15 @@ int format_create_co(struct node *storage, const struct driver *format, const js
 int create_check_target_co(const char *name, bool *exists_special, struct err *e);
 
 /*
+ * The external data file of a new image: `size` bytes of storage for `name`, not yet under it
+ * unless it is a device, which is used as it is.  What is at `name` is refused when somebody uses
+ * it or when it is `image`.  data_file_finish_co makes the file stable and gives it its name.
+ */
+int data_file_create_co(const char *name, const char *image, uint64_t size, int prealloc,
+                        struct node **out, struct err *e);
+int data_file_finish_co(struct node *file, const char *name, struct err *e);
+
+/*
  * `strata create`: storage and format, under the final name only when complete and synced.
  * `options` holds the format's create options (size included).  A running user of an existing file
  * (lock) is an error, and nothing is touched.
@@ -143,6 +164,8 @@ int disk_create_co(const char *name, const char *format, const json_t *options, 
  * relative backing name).
  */
 char *backing_resolve(const char *image, const char *claimed, struct err *e);
+/* The same for the name of an external data file, which is a path and nothing else. */
+char *data_file_resolve(const char *image, const char *claimed, struct err *e);
 /* A protocol name ("nbd:...", "json:{")?  "./a:b" and "/x:y" are not. */
 bool name_has_protocol(const char *name);
 

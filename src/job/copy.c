@@ -435,8 +435,8 @@ static int check_request(struct copy_job *j) {
                        "%s has %" PRIu64 " bytes, too few for %" PRIu64 " at offset %" PRIu64,
                        dst->filename, dst->size, j->length, j->dst_offset);
     if (j->opts->compress && !dst->codec)
-        return err_set(j->e, ENOTSUP, "%s: format %s cannot hold compressed data", dst->filename,
-                       dst->drv->name);
+        return err_set(j->e, ENOTSUP, "%s: format %s cannot hold compressed data%s", dst->filename,
+                       dst->drv->name, dst->data_file ? " in an external data file" : "");
     if (j->opts->compress && dst->granularity > COPY_CHUNK_MAX)
         return err_set(j->e, ENOTSUP, "%s: compressed units of %u bytes are larger than %u",
                        dst->filename, dst->granularity, COPY_CHUNK_MAX);

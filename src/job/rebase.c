@@ -413,8 +413,8 @@ int rebase_copy_co(struct node *image, struct node *base, const struct rebase_op
                    struct err *e) {
     struct rebase r = {.image = image, .opts = opts, .e = e};
     if (opts->compress && !image->codec)
-        return err_set(e, ENOTSUP, "%s: format %s cannot hold compressed data", image->filename,
-                       image->drv->name);
+        return err_set(e, ENOTSUP, "%s: format %s cannot hold compressed data%s", image->filename,
+                       image->drv->name, image->data_file ? " in an external data file" : "");
     r.unit = max_u64(image->granularity, 1);
     if (r.unit == 1)
         r.unit = 65536;

@@ -234,14 +234,20 @@ def test_a_feature_name_cannot_drive_the_terminal(strict, make, name):
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("what, words", [
-    ((72, struct.pack(">Q", 1 << 2)), "external data file"),
     ((32, struct.pack(">I", 1)), "AES"),
     ((32, struct.pack(">I", 2)), "LUKS"),
-], ids=["data-file", "aes", "luks"])
+], ids=["aes", "luks"])
 def test_what_is_not_supported_yet_is_said(strict, make, verb, what, words):
     path = make()
     patch(path, *what)
     refused(strict, path, verb, words)
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("info", "check")])
+def test_a_data_file_that_is_not_named_is_asked_for(strict, make, verb):
+    path = make()
+    patch(path, 72, struct.pack(">Q", 1 << 2))
+    refused(strict, path, verb, "'data-file' is required")
 
 
 def test_an_external_data_file_is_not_opened(strict, peer, strata, tmp_path):

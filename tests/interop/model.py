@@ -19,6 +19,7 @@ class Model:
         self.rng = random.Random(seed)
         self.size, self.cluster = size, cluster
         self.bytes = bytearray(content[:size].ljust(size, b"\0"))
+        self.codes = True  # an image with an external data file has none
 
     def span(self, align):
         offset = self.rng.randrange(0, self.size // align) * align
@@ -61,7 +62,7 @@ def turn(program, image, model, ops, fmt="qcow2"):
     """A script of random commands through strata or qemu-io."""
     ours = program[0] != "qemu-io"
     # qemu-io writes coded clusters only where nothing was before.
-    script = "\n".join(model.command(ours and fmt == "qcow2") for _ in range(ops)) + "\n"
+    script = "\n".join(model.command(ours and model.codes and fmt == "qcow2") for _ in range(ops)) + "\n"
     cache = [] if ours else ["-t", "unsafe"]
     p = subprocess.run([*program, *cache, "-f", fmt, image], input=script, capture_output=True,
                        text=True, timeout=300)

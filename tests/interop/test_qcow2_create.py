@@ -143,7 +143,7 @@ def test_tables_of_many_clusters(run, peer, tmp_path):
     ("1M", dict(compat="0.10", lazy_refcounts="on"), "lazy_refcounts=on needs compat=1.1"),
     ("1M", dict(extended_l2="on", cluster_size=8192), "needs clusters of at least 16384 bytes"),
     ("1M", dict(extended_l2="on", compat="v2"), "extended_l2=on needs compat=1.1"),
-    ("1M", dict(data_file="x.raw"), "external data file (data_file) is not yet supported"),
+    ("1M", dict(data_file="x.raw", compat="v2"), "data_file needs compat=1.1"),
     ("1M", {"encrypt.format": "luks"}, "encryption of qcow2 images is not yet supported"),
     ("1M", dict(encryption="on"), "encryption of qcow2 images is not yet supported"),
     ("1M", dict(cluster_size=256), "option 'cluster_size': 256 is not between 512 B and 2 MiB"),

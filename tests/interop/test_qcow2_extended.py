@@ -88,11 +88,19 @@ def test_both_create_and_describe_the_same_image(run, peer, tmp_path, options):
         peer_io(peer, image, "read -P 5 1M 3k", "write -P 6 30M 100k")
         io(run, image, "read -P 6 30M 100k")
     clean(run, peer, a, b)
-    size = "--size=100M"
-    ours = run("measure", "-O", "qcow2", "-o", "extended_l2=on", size, "--output=json").stdout
-    theirs = peer("qemu-img", "measure", "-O", "qcow2", "-o", "extended_l2=on", size,
-                  "--output=json").stdout
-    assert json.loads(ours) == json.loads(theirs)
+
+
+def test_measure_tells_the_length_of_the_file(run, peer, tmp_path):
+    raw = tmp_path / "a.raw"
+    with open(raw, "wb") as f:
+        for i in range(0, 64, 3):
+            f.seek(i * M + i * 1000)
+            f.write(b"x" * 70000)
+    args = ["measure", "-O", "qcow2", "-o", "cluster_size=16k,extended_l2=on", "--output=json", raw]
+    ours, theirs = (json.loads(p.stdout) for p in (run(*args), peer("qemu-img", *args)))
+    assert ours["fully-allocated"] == theirs["fully-allocated"]
+    run("convert", "-O", "qcow2", "-o", "cluster_size=16k,extended_l2=on", raw, tmp_path / "b")
+    assert ours["required"] == (tmp_path / "b").stat().st_size
 
 
 @pytest.mark.parametrize("options,says", [

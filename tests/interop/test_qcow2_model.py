@@ -21,6 +21,9 @@ SHAPES = {
     "64k-zstd": (24 * MIB, "cluster_size=64k,compression_type=zstd"),
     "16k-extended": (8 * MIB + 512, "cluster_size=16k,extended_l2=on"),
     "64k-extended": (24 * MIB, "cluster_size=64k,extended_l2=on"),
+    "4k-data-file": (8 * MIB + 512, "cluster_size=4k,data_file={tmp}/data"),
+    "64k-data-file-raw": (24 * MIB + 512, "data_file={tmp}/data,data_file_raw=on,cluster_size=64k"),
+    "64k-data-file-extended": (24 * MIB, "data_file={tmp}/data,extended_l2=on,cluster_size=64k"),
     "64k-v2": (24 * MIB, "cluster_size=64k,compat=0.10"),
 }
 
@@ -35,8 +38,12 @@ def test_random_turns_of_strata_and_qemu_io_agree_with_the_model(run, peer, stra
                                                                  shape, seed):
     size, options = SHAPES[shape]
     image = tmp_path / "a.qcow2"
-    run("create", "-q", "-f", "qcow2", "-o", options, image, size)
-    play(run, peer, strata, tmp_path, image, Model(size, cluster_of(options), seed))
+    run("create", "-q", "-f", "qcow2", "-o", options.format(tmp=tmp_path), image, size)
+    model = Model(size, cluster_of(options), seed)
+    model.codes = "data_file" not in options
+    play(run, peer, strata, tmp_path, image, model)
+    if "data_file_raw" in options:
+        assert (tmp_path / "data").read_bytes() == model.bytes
 
 
 @pytest.mark.parametrize("shape", ["4k", "64k", "16k-extended", "64k-v2"])

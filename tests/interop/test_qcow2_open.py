@@ -70,7 +70,6 @@ def test_a_running_qemus_lazy_refcounts_leave_an_image_for_reading(peer, io, tmp
 
 
 @pytest.mark.parametrize("options,text", [
-    ("data_file=FILE", "external data file"),
     ("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "LUKS"),
 ])
 def test_what_is_not_supported_is_refused_by_name(peer, io, tmp_path, options, text):

@@ -227,6 +227,7 @@ struct shape {
     unsigned tasks, ops, cuts;
     unsigned node_flags;
     bool backing;
+    bool apart; /* the data lie in a file of their own: two storages lose power at once */
     unsigned fail_one_in;
     uint64_t longest; /* operation in bytes; 0: any */
     uint32_t slices;  /* budget of the cache; 0: as it is */
@@ -239,6 +240,7 @@ struct op {
 struct model {
     const struct shape *shape;
     struct node *file, *node, *base;
+    struct node *data; /* external data file, or NULL */
     uint64_t words;
     uint64_t *now;     /* value of each 8-byte word */
     uint64_t *durable; /* as of the last completed flush's start */
@@ -311,12 +313,21 @@ static void complain(void *arg, bool is_leak, const char *text) {
 static struct node *open_on(struct node *file, unsigned flags, struct node *base) {
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n = NULL;
-    struct open_req req = {.flags = flags | OPEN_NO_BACKING,
+    struct open_req req = {.flags = flags | OPEN_NO_BACKING | OPEN_NO_DATA,
                            .cache = file->flags & NODE_NO_FLUSH ? CACHE_UNSAFE : CACHE_WRITEBACK};
     if (node_open_on_co(file, &driver_qcow2, NULL, &req, &n, &e))
         print_error("%s\n", err_text(&e));
     assert_non_null(n);
     n->backing = base ? node_ref(base) : NULL;
+    return n;
+}
+
+/* An image whose data file is `data` (taken over), where that is not NULL. */
+static struct node *open_apart(struct node *file, struct node *data, unsigned flags,
+                               struct node *base) {
+    struct node *n = open_on(file, flags, base);
+    if (data)
+        qcow2_of(n)->data = n->data_file = data;
     return n;
 }
 
@@ -342,7 +353,8 @@ static void cut_co(struct model *m) {
     size_t first = m->flushed_ops, last = m->ops_n, bytes = m->words * 8;
     uint64_t *durable = malloc(bytes), *read = malloc(bytes);
     memcpy(durable, m->durable, bytes);
-    struct node *n = open_on(disk_after_cut(m->file), OPEN_CHECK, m->base);
+    struct node *n = open_apart(disk_after_cut(m->file), m->data ? disk_after_cut(m->data) : NULL,
+                                OPEN_CHECK, m->base);
     check(n, "after a power cut", false);
     assert_int_equal(disk_pread_co(n, 0, read, bytes), 0);
     /* A write that failed may have left anything of it, at any time. */
@@ -411,7 +423,7 @@ static void coded_op(struct worker *w, uint64_t offset) {
     struct model *m = w->m;
     uint32_t unit = m->node->granularity;
     uint64_t start = align_up(offset, unit), value = ++m->next_value;
-    if (start + unit > w->high * 8)
+    if (start + unit > w->high * 8 || !m->node->codec)
         return;
     uint8_t *code = malloc(unit);
     for (uint64_t i = 0; i < unit; i += 8)
@@ -519,6 +531,18 @@ static struct node *make_image(const struct shape *sh) {
     return file;
 }
 
+/* Turns the empty image in `file` into one with an external data file, which is returned. */
+static struct node *set_apart(struct node *file, uint64_t size) {
+    struct disk *d = file->state;
+    d->now[79] |= QCOW2_INCOMPAT_DATA_FILE;
+    d->stable[79] |= QCOW2_INCOMPAT_DATA_FILE;
+    struct node *data = disk_new(size + MIB, file->flags & NODE_NO_FLUSH);
+    for (uint64_t i = 0; i < size / 2; i++) /* what the disk does not name must not be seen */
+        ((struct disk *)data->state)->now[i] = ((struct disk *)data->state)->stable[i] = 0xee;
+    data->size = ((struct disk *)data->state)->stable_size = size / 2;
+    return data;
+}
+
 /* A layer below: every word its own number, far above those of the model's writes. */
 static struct node *make_base(uint64_t size) {
     struct node *n = disk_new(size, 0);
@@ -544,9 +568,14 @@ static void reads_as_model(struct model *m) {
 static void run_workers_co(struct model *m) {
     const struct shape *sh = m->shape;
     struct worker *w = calloc(sh->tasks, sizeof(*w));
-    struct disk *d = m->file->state;
+    struct disk *d = m->file->state, *data = m->data ? m->data->state : NULL;
     d->before_sync_co = cut_before_sync_co;
     d->arg = m;
+    if (data) {
+        data->before_sync_co = cut_before_sync_co;
+        data->arg = m;
+        data->fail_one_in = sh->fail_one_in;
+    }
     m->busy = sh->tasks;
     m->cuts_done = 0;
     for (unsigned i = 0; i < sh->tasks; i++) {
@@ -562,15 +591,17 @@ static void run_workers_co(struct model *m) {
     while (m->busy)
         task_yield_co();
     d->fail_one_in = 0;
+    if (data)
+        data->fail_one_in = 0;
     for (unsigned i = 0; i < sh->tasks; i++)
         free(w[i].buf);
     free(w);
 }
 
 static void reopen_co(struct model *m) {
-    struct node *file = node_ref(m->file);
+    struct node *file = node_ref(m->file), *data = m->data ? node_ref(m->data) : NULL;
     node_unref_co(m->node);
-    m->node = open_on(file, OPEN_RW | OPEN_UNMAP, m->base);
+    m->node = open_apart(file, data, OPEN_RW | OPEN_UNMAP, m->base);
     squeeze(m->shape, m->node);
     check(m->node, "reopened", !m->shape->fail_one_in);
 }
@@ -580,7 +611,8 @@ static void run_shape(void *arg) {
     struct model m = {.shape = sh, .words = sh->size / 8};
     m.file = make_image(sh);
     m.base = sh->backing ? make_base(sh->size * 3 / 4 + 4096 + 8) : NULL;
-    m.node = open_on(m.file, OPEN_RW | OPEN_UNMAP, m.base);
+    m.data = sh->apart ? set_apart(m.file, sh->size) : NULL;
+    m.node = open_apart(m.file, m.data, OPEN_RW | OPEN_UNMAP, m.base);
     squeeze(sh, m.node);
     m.now = calloc(m.words, 8);
     m.durable = calloc(m.words, 8);
@@ -911,6 +943,13 @@ SHAPE(subclusters_in_room_given_ahead,
 SHAPE(subclusters_on_storage_that_fails, .options = CLUSTERS(16384, SUBCLUSTERS BITS(8)),
       .size = 4 * MIB, .tasks = 5, .ops = 400, .cuts = 10, .fail_one_in = 40, .longest = 64 * KIB,
       .backing = true)
+SHAPE(data_in_a_file_of_its_own, .options = CLUSTERS(4096, ""), .size = 4 * MIB + 512, .tasks = 5,
+      .ops = 300, .cuts = 30, .apart = true, .longest = 64 * KIB)
+SHAPE(subclusters_in_a_file_of_their_own_over_a_layer, .options = CLUSTERS(16384, SUBCLUSTERS),
+      .size = 4 * MIB, .tasks = 5, .ops = 300, .cuts = 20, .apart = true, .backing = true,
+      .longest = 64 * KIB)
+SHAPE(a_data_file_that_fails, .options = CLUSTERS(4096, ""), .size = 4 * MIB, .tasks = 5,
+      .ops = 300, .cuts = 10, .apart = true, .fail_one_in = 40, .longest = 64 * KIB)
 SHAPE(version_2, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5, .ops = 300, .cuts = 20)
 SHAPE(version_2_and_a_layer_below, .options = CLUSTERS(4096, V2), .size = 4 * MIB, .tasks = 5,
       .ops = 300, .cuts = 20, .backing = true)
@@ -955,6 +994,9 @@ int main(void) {
         cmocka_unit_test(subclusters_over_a_layer),
         cmocka_unit_test(subclusters_in_room_given_ahead),
         cmocka_unit_test(subclusters_on_storage_that_fails),
+        cmocka_unit_test(data_in_a_file_of_its_own),
+        cmocka_unit_test(subclusters_in_a_file_of_their_own_over_a_layer),
+        cmocka_unit_test(a_data_file_that_fails),
         cmocka_unit_test(version_2),
         cmocka_unit_test(version_2_and_a_layer_below),
         cmocka_unit_test(thrown_away),

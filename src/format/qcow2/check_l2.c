@@ -129,6 +129,19 @@ static void check_overlap(struct l2_walk *w, uint64_t guest, uint64_t first, uin
                                                              : "other metadata");
 }
 
+/* A data file's clusters are not counted: they lie where the guest sees them. */
+static int run_end_apart(struct l2_walk *w) {
+    uint64_t offset = w->run_entry & QCOW2_OFFSET_MASK, n = w->run;
+    for (uint64_t k = 0; offset != w->run_guest && k < n && !w->quiet; k++)
+        check_corruption(w->c,
+                         "L2 entry for guest offset %" PRIu64 ": offset %" PRIu64
+                         " in the data file is not the guest's own",
+                         w->run_guest + (k << w->c->s->cluster_bits),
+                         offset + (k << w->c->s->cluster_bits));
+    w->run = 0;
+    return 0;
+}
+
 /* Ends the run: its clusters are checked and counted. */
 static int run_end(struct l2_walk *w) {
     struct check *c = w->c;
@@ -141,6 +154,8 @@ static int run_end(struct l2_walk *w) {
         c->r->fragmented_clusters += w->next && w->next != offset ? w->names : 0;
         w->next = offset + (n << c->s->cluster_bits);
     }
+    if (qcow2_data_apart(c->s))
+        return run_end_apart(w);
     uint64_t inside = first < c->file_clusters ? min_u64(n, c->file_clusters - first) : 0;
     if (inside < n)
         check_outside(c, first + inside, n - inside);
@@ -165,6 +180,14 @@ static int check_coded(struct l2_walk *w, uint64_t entry) {
     uint64_t host;
     uint32_t length;
     qcow2_coded_decode(c->s->cluster_bits, entry, &host, &length);
+    if (qcow2_data_apart(c->s)) {
+        if (!w->quiet)
+            check_corruption(c,
+                             "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
+                             " is compressed, in an image whose data lie in a file of their own",
+                             w->guest, entry);
+        return 0;
+    }
     if (w->active) {
         c->r->allocated_clusters += w->names;
         c->r->compressed_clusters += w->names;
@@ -207,6 +230,12 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
                          "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
                          " has the zero flag, which version 2 does not have",
                          w->guest, entry);
+    if (!offset && qcow2_l2_room(c->s, (struct qcow2_l2e){entry, 0})) {
+        w->run_entry = entry; /* the first cluster of a data file */
+        w->run_guest = w->guest;
+        w->run = 1;
+        return 0;
+    }
     if (!offset) {
         if (entry & QCOW2_COPIED && !(entry & QCOW2_ZERO) && !w->quiet)
             check_corruption(c,
@@ -222,6 +251,8 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
                              " is not a multiple of the cluster size %" PRIu32,
                              w->guest, offset, c->s->cluster_size);
         c->r->allocated_clusters += w->active ? w->names : 0;
+        if (qcow2_data_apart(c->s))
+            return 0;
         if (check_inside(c, offset, c->s->cluster_size))
             return check_count(c, offset, c->s->cluster_size, w->names);
         check_outside(c, offset >> c->s->cluster_bits, 2);

@@ -26,7 +26,9 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "base/cleanup.h"
 #include "disk/io.h"
+#include "disk/open.h"
 #include "format/qcow2/layout.h"
 
 enum { COMPAT_0_10, COMPAT_1_1, COMPAT_V2, COMPAT_V3 };
@@ -59,9 +61,9 @@ const struct opt qcow2_create_opt_table[] = {
     OPT_BOOL(struct qcow2_create_opts, extended_l2, "extended_l2", OPT_CREATE, false,
              "32 subclusters in each cluster"),
     OPT_STR(struct qcow2_create_opts, data_file, "data_file", OPT_CREATE,
-            "external data file" REFUSED),
+            "file for the data alone; made new"),
     OPT_BOOL(struct qcow2_create_opts, data_file_raw, "data_file_raw", OPT_CREATE, false,
-             "the external data file is a raw image" REFUSED),
+             "that file always reads as the disk does, by itself"),
     OPT_BOOL(struct qcow2_create_opts, encryption, "encryption", OPT_CREATE, false,
              "AES encryption" REFUSED),
     CRYPT_ROW(0, "format", "encryption format"),
@@ -78,8 +80,6 @@ const struct opt qcow2_create_opt_table[] = {
 /* ---- rules between options ---- */
 
 static int refuse_unsupported(const struct qcow2_create_opts *o, struct err *e) {
-    if (o->data_file || o->data_file_raw)
-        return err_set(e, ENOTSUP, "an external data file (data_file) is not yet supported");
     bool encrypt = o->encryption;
     for (unsigned i = 0; i < QCOW2_CREATE_ENCRYPT; i++)
         encrypt |= o->encrypt[i] != NULL;
@@ -105,6 +105,17 @@ static int check_rules(const struct qcow2_create_opts *o, struct err *e) {
         return err_set(e, EINVAL,
                        "extended_l2=on needs clusters of at least %u bytes, not %" PRIu64,
                        1u << QCOW2_EXTENDED_BITS_MIN, o->cluster_size);
+    if (v2 && o->data_file)
+        return err_set(e, EINVAL, "data_file needs compat=1.1");
+    if (o->data_file_raw && !o->data_file)
+        return err_set(e, EINVAL, "data_file_raw=on needs data_file");
+    if (o->data_file && (!*o->data_file || strlen(o->data_file) > QCOW2_BACKING_NAME_MAX))
+        return err_set(e, EINVAL, "data_file has a name of %zu bytes, and 1 to %d are possible",
+                       strlen(o->data_file), QCOW2_BACKING_NAME_MAX);
+    if (o->data_file_raw && o->backing_file)
+        return err_set(e, EINVAL,
+                       "data_file_raw=on and a backing file exclude one another: what the backing "
+                       "file shows would not be in the data file");
     if (o->backing_fmt && !o->backing_file)
         return err_set(e, EINVAL, "backing_fmt=%s is given without backing_file", o->backing_fmt);
     if (o->backing_file && !*o->backing_file)
@@ -231,10 +242,15 @@ static int stream_ones_co(struct stream *s, uint64_t count, uint32_t order) {
     return 0;
 }
 
-/* L2 entries for all data clusters.  Extended ones give room alone: no subcluster is allocated. */
-static int stream_l2_co(struct stream *s, const struct qcow2_layout *l, uint64_t l2_flags) {
-    uint64_t count = l->data_clusters, cluster = (uint64_t)1 << l->cluster_bits;
-    uint64_t entry = qcow2_layout_data(l) | l2_flags;
+/* What all L2 entries have in common. */
+struct l2_fill {
+    uint64_t first; /* entry of the first cluster */
+    uint64_t bitmap;
+};
+
+static int stream_l2_co(struct stream *s, const struct qcow2_layout *l, struct l2_fill fill) {
+    uint64_t count = l->l2_entries, cluster = (uint64_t)1 << l->cluster_bits;
+    uint64_t entry = fill.first;
     if (!l->extended_l2)
         return stream_entries_co(s, count, entry, cluster);
     while (count) {
@@ -245,14 +261,14 @@ static int stream_l2_co(struct stream *s, const struct qcow2_layout *l, uint64_t
             return r;
         for (uint32_t i = 0; i < got; i += 16, entry += cluster) {
             be64_store(at + i, entry);
-            be64_store(at + i + 8, 0);
+            be64_store(at + i + 8, fill.bitmap);
         }
         count -= got / 16;
     }
     return 0;
 }
 
-static int write_tables_co(struct stream *s, const struct qcow2_layout *l, uint64_t l2_flags) {
+static int write_tables_co(struct stream *s, const struct qcow2_layout *l, struct l2_fill fill) {
     uint64_t cluster = (uint64_t)1 << l->cluster_bits;
     s->pos = qcow2_layout_reftable(l);
     int r = stream_entries_co(s, l->refblocks, qcow2_layout_refblocks(l), cluster);
@@ -267,7 +283,7 @@ static int write_tables_co(struct stream *s, const struct qcow2_layout *l, uint6
         if (!r)
             r = stream_zeros_to_co(s, qcow2_layout_l2(l));
         if (!r)
-            r = stream_l2_co(s, l, l2_flags);
+            r = stream_l2_co(s, l, fill);
         if (!r)
             r = stream_zeros_to_co(s, qcow2_layout_data(l));
     } else if (!r) {
@@ -309,6 +325,7 @@ static int write_header_co(struct node *file, const struct qcow2_create_opts *o,
         .compression_type = (uint8_t)o->compression_type,
         .backing_file = o->backing_file,
         .backing_format = o->backing_fmt,
+        .data_file = o->data_file,
     };
     if (h.version < 3)
         h.header_length = QCOW2_V2_LENGTH;
@@ -316,6 +333,10 @@ static int write_header_co(struct node *file, const struct qcow2_create_opts *o,
         h.incompatible |= QCOW2_INCOMPAT_COMPRESSION;
     if (o->extended_l2)
         h.incompatible |= QCOW2_INCOMPAT_EXTENDED_L2;
+    if (o->data_file)
+        h.incompatible |= QCOW2_INCOMPAT_DATA_FILE;
+    if (o->data_file_raw)
+        h.autoclear |= QCOW2_AUTOCLEAR_DATA_FILE_RAW;
     if (o->lazy_refcounts)
         h.compatible |= QCOW2_COMPAT_LAZY_REFCOUNTS;
     if (h.version >= 3 && cluster > 4 * KIB)
@@ -330,39 +351,83 @@ static int write_header_co(struct node *file, const struct qcow2_create_opts *o,
             err_errno(e, -r, "writing the header");
     }
     buf_put(buf, cluster);
-    h.backing_file = h.backing_format = NULL; /* borrowed */
+    h.backing_file = h.backing_format = h.data_file = NULL; /* borrowed */
     qcow2_header_free(&h);
     return r;
 }
 
-int qcow2_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
-                    struct err *e) {
-    const struct qcow2_create_opts *o = create_opts;
-    struct qcow2_layout l;
-    int r = qcow2_create_check(o, e);
-    if (!r)
-        r = qcow2_layout_compute((uint32_t)__builtin_ctzll(o->cluster_size),
-                                 (uint32_t)__builtin_ctzll(o->refcount_bits), o->extended_l2,
-                                 align_up(o->size, 512), o->preallocation != PREALLOC_OFF, &l, e);
-    if (!r)
-        r = make_space_co(file, &l, o->preallocation, e);
-    if (r)
-        return r;
+/* Whether all room is given, and where: a raw data file is mapped whole. */
+static enum qcow2_layout_room room_for(const struct qcow2_create_opts *o) {
+    if (o->data_file)
+        return o->data_file_raw || o->preallocation ? QCOW2_LAYOUT_TABLES : QCOW2_LAYOUT_EMPTY;
+    return o->preallocation ? QCOW2_LAYOUT_ALL : QCOW2_LAYOUT_EMPTY;
+}
 
+/*
+ * The data file, as long as the disk and reading as zeros where L2 entries will name it.  It gets
+ * its name in the end, before the image does.
+ */
+static int create_data_co(const struct qcow2_create_opts *o, const char *image, char **name,
+                          struct node **out, struct err *e) {
+    uint64_t size = align_up(o->size, 512);
+    int prealloc = o->preallocation == PREALLOC_METADATA ? PREALLOC_OFF : o->preallocation;
+    *name = data_file_resolve(image, o->data_file, e);
+    if (!*name)
+        return -e->code;
+    int r = data_file_create_co(*name, image, size, prealloc, out, e);
+    if (!r && size && !((*out)->storage_flags & STORAGE_ZERO_INIT) &&
+        (r = disk_zero_co(*out, 0, min_u64(size, (*out)->size), ZERO_MAY_UNMAP)) < 0)
+        err_errno(e, -r, "zeroing");
+    return r < 0 ? err_prefix(e, "data file '%s'", *name) : 0;
+}
+
+/* Header and tables onto `file`, in the layout l. */
+static int write_image_co(struct node *file, const struct qcow2_create_opts *o,
+                          const struct qcow2_layout *l, struct err *e) {
     bool zero_init = file->storage_flags & STORAGE_ZERO_INIT;
     bool v2 = o->compat == COMPAT_0_10 || o->compat == COMPAT_V2;
-    bool zero_data = !zero_init && !l.extended_l2 && (v2 || o->preallocation == PREALLOC_FULL);
+    bool zero_data = !zero_init && !l->extended_l2 && (v2 || o->preallocation == PREALLOC_FULL);
+    struct l2_fill fill = {.first = QCOW2_COPIED};
+    if (l->data_clusters)
+        fill.first |= qcow2_layout_data(l);
+    if (l->data_clusters && !zero_init && !zero_data && !l->extended_l2)
+        fill.first |= QCOW2_ZERO;
+    if (o->data_file_raw)
+        fill.bitmap = UINT32_MAX; /* what is in the data file is the guest's */
+    int r = 0;
     if (!zero_init && (r = disk_zero_co(file, 0, min_u64(file->size, 4 * KIB), 0)))
         return err_errno(e, -r, "clearing the old header");
     struct stream s = {.file = file, .buf = buf_get(STREAM_BYTES), .skip_zeros = zero_init};
     if (!s.buf)
         return err_set(e, ENOMEM, "no memory for creating the image");
-    r = write_tables_co(&s, &l,
-                        QCOW2_COPIED | (zero_init || zero_data || l.extended_l2 ? 0 : QCOW2_ZERO));
+    r = write_tables_co(&s, l, fill);
     buf_put(s.buf, STREAM_BYTES);
-    if (!r && zero_data && l.data_clusters)
-        r = disk_zero_co(file, qcow2_layout_data(&l), l.data_clusters << l.cluster_bits, 0);
+    if (!r && zero_data && l->data_clusters)
+        r = disk_zero_co(file, qcow2_layout_data(l), l->data_clusters << l->cluster_bits, 0);
     if (r)
         return err_errno(e, -r, "writing the tables");
-    return write_header_co(file, o, &l, !zero_init, e);
+    return write_header_co(file, o, l, !zero_init, e);
+}
+
+int qcow2_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
+                    struct err *e) {
+    const struct qcow2_create_opts *o = create_opts;
+    AUTO_FREE char *data_name = NULL;
+    struct node *data = NULL;
+    struct qcow2_layout l;
+    int r = qcow2_create_check(o, e);
+    if (!r)
+        r = qcow2_layout_compute((uint32_t)__builtin_ctzll(o->cluster_size),
+                                 (uint32_t)__builtin_ctzll(o->refcount_bits), o->extended_l2,
+                                 align_up(o->size, 512), room_for(o), &l, e);
+    if (!r && o->data_file)
+        r = create_data_co(o, ctx->name, &data_name, &data, e);
+    if (!r)
+        r = make_space_co(file, &l, o->data_file ? PREALLOC_METADATA : o->preallocation, e);
+    if (!r)
+        r = write_image_co(file, o, &l, e);
+    if (!r && data)
+        r = data_file_finish_co(data, data_name, e);
+    node_unref_co(data);
+    return r;
 }

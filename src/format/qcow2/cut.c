@@ -106,8 +106,10 @@ int qcow2_trim_file_co(struct qcow2 *s) {
 
 int qcow2_empty_co(struct node *n, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
-    int r = qcow2_cut_co(s, 0);
+    int r = qcow2_data_raw(s) ? -ENOTSUP : qcow2_cut_co(s, 0);
     if (!r)
         r = qcow2_trim_file_co(s);
+    if (!r && qcow2_data_apart(s) && s->node->flags & NODE_UNMAP)
+        disk_discard_co(s->data, 0, s->data->size); /* only a hint */
     return r < 0 ? err_errno(e, -r, "dropping the image's data") : 0;
 }

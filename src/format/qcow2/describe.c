@@ -29,16 +29,16 @@ json_t *qcow2_describe(struct node *n) {
     if (bitmaps)
         json_object_set_new(o, "bitmaps", bitmaps);
     json_object_set_new(o, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
-    if (h->version >= 3) {
-        json_object_set_new(o, "corrupt", json_boolean(h->incompatible & QCOW2_INCOMPAT_CORRUPT));
-        json_object_set_new(o, "extended-l2",
-                            json_boolean(h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2));
-    }
     if (h->data_file)
         json_object_set_new(o, "data-file", text(h->data_file));
     if (h->incompatible & QCOW2_INCOMPAT_DATA_FILE)
         json_object_set_new(o, "data-file-raw",
                             json_boolean(h->autoclear & QCOW2_AUTOCLEAR_DATA_FILE_RAW));
+    if (h->version >= 3) {
+        json_object_set_new(o, "corrupt", json_boolean(h->incompatible & QCOW2_INCOMPAT_CORRUPT));
+        json_object_set_new(o, "extended-l2",
+                            json_boolean(h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2));
+    }
     if (h->crypt_method) {
         json_t *c = json_object();
         if (c)

@@ -21,8 +21,11 @@
  * Counts that were raised after the picture may be missing on storage: the mappings that need them
  * are not in the picture.  Lower ones than in the picture do not exist: see limbo.
  *
- * When nothing is dirty, one barrier is all.  Where barriers mean nothing (cache unsafe, throw-away
- * overlays) the steps are writes alone.
+ * An external data file is flushed first of all, when the picture has been taken: what its mappings
+ * name was written before.  Step 3 relies on it as on the first barrier.
+ *
+ * When nothing is dirty, one barrier is all (with a data file: one each).  Where barriers mean
+ * nothing (cache unsafe, throw-away overlays) the steps are writes alone.
  *
  * One write-back runs at a time (wb_lock).  Those who ask while one runs share the next.  A failed
  * one makes everything dirty again, and whoever asks next tries again.
@@ -196,6 +199,12 @@ static int barrier_co(struct qcow2 *s) {
     return qcow2_ordered(s) ? disk_flush_co(s->file) : 0;
 }
 
+static int data_barrier_co(struct qcow2 *s) {
+    if (PLANTED(DATA_FILE_NOT_FLUSHED))
+        return 0;
+    return qcow2_data_apart(s) && s->data && qcow2_ordered(s) ? disk_flush_co(s->data) : 0;
+}
+
 static int picture_write_co(struct qcow2 *s, struct picture *p) {
     bool third = !list_empty(&p->reachable) || p->l1.count;
     int r = PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks);
@@ -226,8 +235,12 @@ static int picture_write_co(struct qcow2 *s, struct picture *p) {
 static int writeback_locked_co(struct qcow2 *s) {
     struct picture p;
     int r = picture_take(s, &p);
+    if (!r && !PLANTED(DATA_FILE_AFTER_TABLES))
+        r = data_barrier_co(s);
     if (!r)
         r = picture_write_co(s, &p);
+    if (!r && PLANTED(DATA_FILE_AFTER_TABLES))
+        r = data_barrier_co(s);
     picture_put(s, &p, !r);
     if (!r)
         qcow2_limbo_release_co(s, &p.limbo);

@@ -504,8 +504,6 @@ int qcow2_header_check_features(const struct qcow2_header *h, bool rw, bool chec
         return err_set(e, ENOTSUP, "incompatible feature bit %d is not supported: %s",
                        __builtin_ctzll(unknown), name);
     }
-    if (h->incompatible & QCOW2_INCOMPAT_DATA_FILE)
-        return err_set(e, ENOTSUP, "an external data file is not supported");
     if (qcow2_header_extended(h) && h->cluster_bits < QCOW2_EXTENDED_BITS_MIN)
         return err_set(e, EINVAL,
                        "cluster_bits %" PRIu32 " is below %d, the least with extended L2 entries",

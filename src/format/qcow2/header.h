@@ -165,6 +165,9 @@ static inline uint32_t qcow2_l2e_shift(bool extended_l2) {
 static inline bool qcow2_header_extended(const struct qcow2_header *h) {
     return h->incompatible & QCOW2_INCOMPAT_EXTENDED_L2;
 }
+static inline bool qcow2_header_data_apart(const struct qcow2_header *h) {
+    return h->incompatible & QCOW2_INCOMPAT_DATA_FILE;
+}
 /* L1 entries that `size` guest bytes need. */
 uint64_t qcow2_l1_entries_for(uint32_t cluster_bits, bool extended_l2, uint64_t size);
 

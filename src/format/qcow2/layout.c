@@ -39,26 +39,28 @@ static bool fits(const struct qcow2_layout *l) {
            l->total_clusters <= QCOW2_HOST_LIMIT >> l->cluster_bits;
 }
 
-static void lay_out(struct qcow2_layout *l, uint64_t size, bool prealloc) {
+static void lay_out(struct qcow2_layout *l, uint64_t size, enum qcow2_layout_room room) {
     uint64_t cluster = (uint64_t)1 << l->cluster_bits;
     l->l1_entries = qcow2_l1_entries_for(l->cluster_bits, l->extended_l2, size);
     l->l1_clusters = div_up(l->l1_entries * 8, cluster);
-    l->l2_tables = prealloc ? l->l1_entries : 0;
-    l->data_clusters = prealloc ? div_up(size, cluster) : 0;
+    l->l2_tables = room ? l->l1_entries : 0;
+    l->l2_entries = room ? div_up(size, cluster) : 0;
+    l->data_clusters = room == QCOW2_LAYOUT_ALL ? l->l2_entries : 0;
     add_refcounts(l);
     l->file_length =
-        prealloc ? l->total_clusters << l->cluster_bits : qcow2_layout_l1(l) + l->l1_entries * 8;
+        room ? l->total_clusters << l->cluster_bits : qcow2_layout_l1(l) + l->l1_entries * 8;
 }
 
 /* The largest size, in whole L2 tables, that can be preallocated.  Sizes that fit are an initial
  * segment, so halving finds the end. */
-static uint64_t largest_preallocated(const struct qcow2_layout *like, uint64_t l1_max) {
+static uint64_t largest_preallocated(const struct qcow2_layout *like, uint64_t l1_max,
+                                     enum qcow2_layout_room room) {
     uint32_t shift = 2 * like->cluster_bits - qcow2_l2e_shift(like->extended_l2);
     uint64_t low = 0, high = l1_max;
     while (low < high) {
         struct qcow2_layout l = *like;
         uint64_t mid = high - (high - low) / 2;
-        lay_out(&l, mid << shift, true);
+        lay_out(&l, mid << shift, room);
         if (fits(&l))
             low = mid;
         else
@@ -68,7 +70,8 @@ static uint64_t largest_preallocated(const struct qcow2_layout *like, uint64_t l
 }
 
 int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool extended_l2,
-                         uint64_t size, bool prealloc, struct qcow2_layout *l, struct err *e) {
+                         uint64_t size, enum qcow2_layout_room room, struct qcow2_layout *l,
+                         struct err *e) {
     char found[32], limit[32];
     *l = (struct qcow2_layout){
         .cluster_bits = cluster_bits, .refcount_order = refcount_order, .extended_l2 = extended_l2};
@@ -81,9 +84,9 @@ int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool ex
             ": with clusters of %" PRIu64 " bytes the largest size is %s",
             size_human(size, found), l1_entries, l1_max, (uint64_t)1 << cluster_bits,
             size_human(l1_max << (2 * cluster_bits - qcow2_l2e_shift(extended_l2)), limit));
-    lay_out(l, size, prealloc);
+    lay_out(l, size, room);
     if (!fits(l)) {
-        uint64_t most = prealloc ? largest_preallocated(l, l1_max) : 0;
+        uint64_t most = room ? largest_preallocated(l, l1_max, room) : 0;
         return err_set(e, EFBIG,
                        "size %s needs a refcount table of %" PRIu64
                        " bytes, above the limit of %d: with clusters of %" PRIu64

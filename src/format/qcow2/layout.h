@@ -23,18 +23,27 @@ struct qcow2_layout {
     uint32_t cluster_bits, refcount_order;
     bool extended_l2;
     uint64_t l1_entries, l1_clusters;
-    uint64_t l2_tables, data_clusters; /* 0 unless preallocated */
+    uint64_t l2_tables, l2_entries; /* 0 unless preallocated */
+    uint64_t data_clusters;         /* in this file: l2_entries, or 0 where the data lie apart */
     uint64_t refblocks, reftable_clusters;
     uint64_t total_clusters;
     uint64_t file_length; /* bytes */
 };
 
+/* What is there from the start. */
+enum qcow2_layout_room {
+    QCOW2_LAYOUT_EMPTY,  /* no L2 table */
+    QCOW2_LAYOUT_ALL,    /* all L2 tables and data clusters */
+    QCOW2_LAYOUT_TABLES, /* all L2 tables; the data lie in another file */
+};
+
 /*
- * Lays out an image of `size` bytes; `prealloc`: with all L2 tables and data clusters.
+ * Lays out an image of `size` bytes.
  * -EFBIG when a table exceeds its limit; the text gives the largest size that fits.
  */
 int qcow2_layout_compute(uint32_t cluster_bits, uint32_t refcount_order, bool extended_l2,
-                         uint64_t size, bool prealloc, struct qcow2_layout *l, struct err *e);
+                         uint64_t size, enum qcow2_layout_room room, struct qcow2_layout *l,
+                         struct err *e);
 
 /*
  * A larger refcount table for an image whose blocks [0, first_block) exist, with at least `wanted`

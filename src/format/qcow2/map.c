@@ -228,8 +228,8 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
         break;
     }
     if (is_located(run.kind)) {
-        if (!s->usual && qcow2_data_apart(s) &&
-            host != offset - in_cluster) /* the data file's one rule */
+        /* A data file has one place for each guest byte.  It may have been left closed. */
+        if (!s->usual && qcow2_data_apart(s) && (host != offset - in_cluster || !s->data))
             return -EIO;
         out->storage = s->data;
         out->host_offset = host + in_cluster;

@@ -73,6 +73,27 @@ static int grown_length(const struct qcow2_layout *empty, uint64_t count, uint64
     return 0;
 }
 
+/* Both files together: the data file is as long as the disk, as a raw image is. */
+static int measure_apart(const struct qcow2_create_opts *o, const struct measure_in *in,
+                         const struct qcow2_layout *empty, struct measure_result *out,
+                         struct err *e) {
+    uint32_t table_bits = 2 * empty->cluster_bits - qcow2_l2e_shift(o->extended_l2);
+    uint64_t size = align_up(in->size, 512);
+    struct qcow2_layout full;
+    int r = qcow2_layout_compute(empty->cluster_bits, empty->refcount_order, o->extended_l2,
+                                 in->size, QCOW2_LAYOUT_TABLES, &full, e);
+    out->required = out->fully_allocated = full.file_length;
+    if (!r && !o->data_file_raw && o->preallocation == PREALLOC_OFF) {
+        r = grown_length(empty, full.l2_tables, &out->fully_allocated, e);
+        if (!r)
+            r = grown_length(empty, min_u64(in->touched[table_bits], full.l2_tables),
+                             &out->required, e);
+    }
+    out->required += size;
+    out->fully_allocated += size;
+    return r;
+}
+
 int qcow2_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                   struct err *e) {
     const struct qcow2_create_opts *o = create_opts;
@@ -81,9 +102,10 @@ int qcow2_measure(const void *create_opts, const struct measure_in *in, struct m
     struct qcow2_layout full, empty;
     int r = qcow2_create_check(o, e);
     if (!r)
-        r = qcow2_layout_compute(bits, order, o->extended_l2, in->size, true, &full, e);
+        r = qcow2_layout_compute(bits, order, o->extended_l2, in->size, QCOW2_LAYOUT_ALL, &full, e);
     if (!r)
-        r = qcow2_layout_compute(bits, order, o->extended_l2, in->size, false, &empty, e);
+        r = qcow2_layout_compute(bits, order, o->extended_l2, in->size, QCOW2_LAYOUT_EMPTY, &empty,
+                                 e);
     if (r)
         return r;
     /* Room given ahead is there from the start. */
@@ -93,6 +115,8 @@ int qcow2_measure(const void *create_opts, const struct measure_in *in, struct m
     out->bound_fully = full.file_length;
     out->bound_required = full.file_length - ((full.data_clusters - data_clusters) << bits);
     out->required = out->fully_allocated = full.file_length;
+    if (o->data_file)
+        return measure_apart(o, in, &empty, out, e);
     if (o->preallocation != PREALLOC_OFF)
         return 0;
     uint32_t table_bits = 2 * bits - qcow2_l2e_shift(o->extended_l2);

@@ -36,6 +36,7 @@ struct qcow2_open_opts {
 
 static const struct opt open_opts[] = {
     OPT_CHILD("file", OPT_OPEN, "the storage of the image"),
+    OPT_CHILD("data-file", OPT_OPEN, "where the data lie; default: what the header names"),
     OPT_CHILD("backing", OPT_OPEN, "the layer below; default: what the header names"),
     OPT_STR(struct qcow2_open_opts, snapshot_id, "snapshot.id", OPT_OPEN,
             "show the internal snapshot with this id, read-only"),
@@ -84,7 +85,7 @@ static void set_geometry(struct qcow2 *s) {
     s->l2e_shift = qcow2_l2e_shift(qcow2_header_extended(&s->h));
     s->sub_bits = s->cluster_bits - (qcow2_extended(s) ? 5 : 0);
     s->l2_bits = s->cluster_bits - s->l2e_shift;
-    s->usual = !qcow2_extended(s) && !qcow2_data_apart(s);
+    s->usual = !qcow2_extended(s) && !qcow2_header_data_apart(&s->h);
     s->refcount_order = s->h.refcount_order;
     s->block_bits = s->cluster_bits + 3 - s->refcount_order;
     s->refcount_max = qcow2_refcount_limit(s->refcount_order);
@@ -162,6 +163,8 @@ static int load_reftable_co(struct qcow2 *s, struct err *e) {
 
 static int clear_autoclear_co(struct qcow2 *s, struct err *e) {
     uint64_t keep = s->h.has_bitmaps ? QCOW2_AUTOCLEAR_BITMAPS : 0;
+    if (qcow2_data_raw(s)) /* zero.c keeps it true */
+        keep |= QCOW2_AUTOCLEAR_DATA_FILE_RAW;
     uint8_t field[8];
     if (s->h.version < 3 || !(s->h.autoclear & ~keep))
         return 0;
@@ -240,7 +243,22 @@ static int select_snapshot_co(struct qcow2 *s, struct err *e) {
     return qcow2_snapshot_select_co(s, o->snapshot_id, o->snapshot_name, e);
 }
 
-static int open_map_co(struct node *n, struct err *e) {
+/* Before anything is written: an image whose data file is missing stays as it is. */
+static int open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
+    struct qcow2 *s = qcow2_of(n);
+    if (!qcow2_header_data_apart(&s->h))
+        return node_has_data_option(ctx)
+                   ? err_set(e, EINVAL,
+                             "'data-file' can only be set for images with an external data file")
+                   : 0;
+    if (s->h.data_file)
+        n->data_name = xstrdup(s->h.data_file);
+    int r = node_open_data_co(n, ctx, e);
+    s->data = n->data_file;
+    return r;
+}
+
+static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     bool rw = node_is_rw(n), check = n->flags & NODE_CHECK;
     int r = read_header_co(s, e);
@@ -248,6 +266,8 @@ static int open_map_co(struct node *n, struct err *e) {
         return r;
     set_geometry(s);
     r = qcow2_header_check_features(&s->h, rw, check, e);
+    if (!r)
+        r = open_data_co(n, ctx, e);
     if (!r)
         r = is_snapshot(n) ? select_snapshot_co(s, e) : load_l1_co(s, e);
     if (!r && !(rw && !check && s->h.incompatible & QCOW2_INCOMPAT_DIRTY)) /* else mend_co does */
@@ -281,14 +301,15 @@ static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (r < 0)
         return r;
     s->file = s->data = n->file;
-    r = open_map_co(n, e);
+    r = open_map_co(n, ctx, e);
     if (r < 0)
         return r;
     n->size = s->h.size;
     n->granularity = s->cluster_size;
     n->subunit = (uint32_t)1 << s->sub_bits;
-    n->codec =
-        s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &qcow2_codec_zstd : &qcow2_codec_deflate;
+    if (!qcow2_data_apart(s))
+        n->codec = s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &qcow2_codec_zstd
+                                                                   : &qcow2_codec_deflate;
     if (s->h.backing_file)
         n->backing_name = xstrdup(s->h.backing_file);
     if (s->h.backing_file && s->h.backing_format)
@@ -377,6 +398,10 @@ static int write_backing_co(struct qcow2 *s, char *name, char *format, struct er
 static int qcow2_set_backing_co(struct node *n, const char *name, const char *format,
                                 struct err *e) {
     struct qcow2 *s = qcow2_of(n);
+    if (name && *name && qcow2_data_raw(s))
+        return err_set(e, EINVAL,
+                       "a backing file would show through holes that the raw data file does not "
+                       "have (data_file_raw)");
     AUTO_FREE char *new_name = name && *name ? xstrdup(name) : NULL;
     AUTO_FREE char *new_format = new_name && format ? xstrdup(format) : NULL;
     if (new_name && strlen(new_name) > QCOW2_BACKING_NAME_MAX)

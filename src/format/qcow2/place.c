@@ -208,6 +208,9 @@ static void placement_edges(const struct qcow2 *s, struct placement *p, enum kin
     if (kind == FRESH || !(qcow2_l2_allocated(s, last_e) >> last & 1))
         p->tail = (uint32_t)(align_down(stop - 1, s->cluster_size) +
                              ((uint64_t)(last + 1) << s->sub_bits) - stop);
+    /* Nothing of a data file lies behind the end of the disk: alone, it is as long as that. */
+    if (qcow2_data_apart(s) && p->tail > s->node->size - stop)
+        p->tail = (uint32_t)(s->node->size - stop);
 }
 
 static int place_coded_co(struct qcow2 *s, uint64_t offset, uint64_t length, uint32_t coded_length,
@@ -291,7 +294,8 @@ static void link_room(struct qcow2 *s, const struct placement *p, uint8_t *data,
             qcow2_limbo_add_entry(s, e);
         e.value = host | QCOW2_COPIED;
         if (qcow2_extended(s) && content) {
-            uint64_t bits = touched(s, at, start, end);
+            uint64_t bits =
+                PLANTED(SUBCLUSTERS_ALL_NAMED) ? UINT32_MAX : touched(s, at, start, end);
             e.bitmap = (e.bitmap & ~(bits << 32)) | bits;
         }
         qcow2_l2_set(s, data, index, e);

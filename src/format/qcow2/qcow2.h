@@ -153,6 +153,10 @@ static inline bool qcow2_extended(const struct qcow2 *s) {
 static inline bool qcow2_data_apart(const struct qcow2 *s) {
     return s->data != s->file;
 }
+/* That file alone must read as the guest does. */
+static inline bool qcow2_data_raw(const struct qcow2 *s) {
+    return !s->usual && qcow2_data_apart(s) && s->h.autoclear & QCOW2_AUTOCLEAR_DATA_FILE_RAW;
+}
 /* Entry `index` of a slice or table, of either size. */
 static inline struct qcow2_l2e qcow2_l2_get(const struct qcow2 *s, const uint8_t *data,
                                             uint32_t index) {

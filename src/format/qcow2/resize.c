@@ -118,6 +118,19 @@ int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, s
     return 0;
 }
 
+/* The data file is as long as the disk where it must be read alone, else at least that long. */
+static int resize_data_co(struct qcow2 *s, uint64_t size, int prealloc, struct err *e) {
+    if (!qcow2_data_apart(s) || s->data->size == size)
+        return 0;
+    if (s->data->size > size && !qcow2_data_raw(s) && size > s->h.size)
+        return 0;
+    int r =
+        disk_resize_co(s->data, size, prealloc == PREALLOC_METADATA ? PREALLOC_OFF : prealloc, e);
+    if (!r && qcow2_ordered(s) && (r = disk_flush_co(s->data)) < 0)
+        err_errno(e, -r, "flushing");
+    return r < 0 ? err_prefix(e, "data file") : 0;
+}
+
 static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
     uint64_t old = s->h.size;
     bool size_first = qcow2_has_backing(s) && !PLANTED(SHRINK_SHOWS_BACKING);
@@ -136,7 +149,8 @@ static int shrink_co(struct qcow2 *s, uint64_t size, struct err *e) {
     if (r < 0)
         return err_errno(e, -r, "shrinking the disk from %" PRIu64 " to %" PRIu64, old, size);
     s->h.size = s->node->size = size;
-    return qcow2_trim_file_co(s);
+    r = resize_data_co(s, size, PREALLOC_OFF, e);
+    return r ? r : qcow2_trim_file_co(s);
 }
 
 int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
@@ -170,6 +184,11 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
         return r;
     if (size < old)
         return shrink_co(s, size, e);
+    if (qcow2_data_raw(s)) /* what has no entry would not be read from it */
+        prealloc = prealloc == PREALLOC_OFF ? PREALLOC_METADATA : prealloc;
+    r = resize_data_co(s, size, prealloc, e);
+    if (r < 0)
+        return r;
     assert(qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size) <=
            s->l1_entries); /* reach_co */
     r = write_size_co(s, size, s->l1_entries, s->h.l1_table_offset);
@@ -188,19 +207,20 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
 static int preallocate_run_co(struct node *n, struct placement *p, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t host = p->host_offset - p->head, bytes = (uint64_t)p->head + p->length + p->tail;
+    bool content = !qcow2_extended(s) || qcow2_data_raw(s); /* else nobody reads the room */
     int r = 0;
     /* No table names what lies behind the end of the file. */
-    if (host + bytes > s->file->size)
+    if (!qcow2_data_apart(s) && host + bytes > s->file->size)
         r = disk_resize_co(s->file, host + bytes,
                            prealloc == PREALLOC_METADATA ? PREALLOC_OFF : prealloc, e);
-    /* Room without content is not read. */
-    if (!r && !p->reads_zero && !qcow2_extended(s) &&
-        (r = disk_zero_co(s->file, host, bytes, 0)) < 0)
+    if (!r && !p->reads_zero && content && (r = disk_zero_co(p->storage, host, bytes, 0)) < 0)
         err_errno(e, -r, "zeroing %" PRIu64 " bytes at %" PRIu64, bytes, host);
     if (r < 0) {
         qcow2_abandon(n, p);
         return r;
     }
+    if (content)
+        return qcow2_publish_co(n, p);
     qcow2_publish_room(s, p);
     return 0;
 }

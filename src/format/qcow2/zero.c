@@ -23,6 +23,11 @@
  * zeros), and discard leaves things alone.  A layer is "below" when the header names one, even if
  * this open left it closed.
  *
+ * External data files.  A raw one (data_file_raw) must read as the guest does by itself: zeros and
+ * discards go to it, and the entries stay (where a backing file makes the bit a lie, zeros go both
+ * ways).  Another one is told of what its entries no longer name, at once: its places are never
+ * given to anybody else, and what was there reads as zeros or may be anything.
+ *
  * Slices without a change are not touched, so trimming what is trimmed costs no write.  What an
  * entry named before goes to limbo.
  */
@@ -30,6 +35,7 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
 struct change {
@@ -195,12 +201,26 @@ static int change_range_co(struct qcow2 *s, const struct change *c, uint64_t off
     return r;
 }
 
+/* What lies in [offset, +length) of the data file is named by nothing any more. */
+static void data_drop_co(struct qcow2 *s, uint64_t offset, uint64_t length) {
+    if (qcow2_data_apart(s) && s->node->flags & NODE_UNMAP)
+        disk_discard_co(s->data, offset, length); /* only a hint */
+}
+
 int qcow2_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct qcow2 *s = qcow2_of(n);
     const struct change c = {.unmap = zero_flags & ZERO_MAY_UNMAP};
     if (s->h.version < 3 && qcow2_has_backing(s))
         return -ENOTSUP;
-    return change_range_co(s, &c, offset, length);
+    if (qcow2_data_raw(s)) {
+        int r = disk_zero_co(s->data, offset, length, zero_flags);
+        if (r < 0 || !qcow2_has_backing(s))
+            return r;
+    }
+    int r = change_range_co(s, &c, offset, length);
+    if (!r && c.unmap && !qcow2_data_raw(s))
+        data_drop_co(s, offset, length);
+    return r;
 }
 
 int qcow2_discard_co(struct node *n, uint64_t offset, uint64_t length) {
@@ -208,7 +228,10 @@ int qcow2_discard_co(struct node *n, uint64_t offset, uint64_t length) {
     const struct change c = {.discard = true, .unmap = true};
     if (s->h.version < 3 && qcow2_has_backing(s))
         return 0;
-    return change_range_co(s, &c, offset, length);
+    int r = qcow2_data_raw(s) ? 0 : change_range_co(s, &c, offset, length);
+    if (!r)
+        data_drop_co(s, offset, length);
+    return r;
 }
 
 int qcow2_make_holes_co(struct qcow2 *s, uint64_t offset, uint64_t length) {
