@@ -243,6 +243,8 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
         strbuf_printf(b, "Could not open '%s': %s", name, why);
     else if ((why = strstr(text, "Failed to connect to '")))
         strbuf_puts(b, why);
+    else if (strstr(text, "force-share only goes with read-only"))
+        strbuf_puts(b, "force-share=on can only be used with read-only images");
     else if (strstr(text, "is a directory"))
         strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
     else if (e->code == ENOENT || e->code == EACCES)

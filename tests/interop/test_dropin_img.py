@@ -23,6 +23,10 @@ NORMAL = [
     (r"\s+\Z", "\n", "what progress leaves at the end"),
     (r"Detected format of raw\.\n?", "", "without a newline in 7.2, with one later"),
     (r', "compressed": (false|true)', "", "QEMU 10 has it, 7.2 has not"),
+    (r"^ID +TAG.*$", "ID TAG", "columns of newer versions"),
+    (r"^(\d+) +(\S+) +([\d.]+ \S+) .*$", r"\1 \2 \3 T", "the same; and time"),
+    (r'"date-(n?)sec": \d+', r'"date-\1sec": N', "time"),
+    (r'"icount": 0,\n +', "", "without a machine, 7.2 stores 0 and not \"unknown\""),
 ]
 
 
@@ -276,6 +280,48 @@ dd if=raw of=a bs=0
 dd if=raw of=a bs=x
 dd if=raw of=a fancy=1
 dd if=odd of=a ; info a
+snapshot -c one q ; snapshot -l q ; info q ; check -q q
+snapshot -c one q ; info --output=json q
+snapshot -c one q ; snapshot -c one q ; snapshot -d one q ; snapshot -l q ; check -q q
+snapshot -c 2 q ; snapshot -c x q ; resize q +1M ; snapshot -a 2 q ; info q
+snapshot -c 2 q ; resize q +1M ; snapshot -c x q ; snapshot -a x q ; snapshot -a 1 q ; check -q q
+snapshot -c one q ; convert -l one q a ; compare q a
+snapshot -c one q ; convert -l snapshot.name=one,snapshot.id=1 q a ; compare -F raw q a
+snapshot -c one q ; convert -l snapshot.id=2 q a
+snapshot -c one q ; convert -l snapshot.name=one,snapshot.id=2 q a
+snapshot -c one q ; convert -l snapshot.fancy=2 q a
+convert -l nope q a
+convert -l x raw a
+convert -l one q q a
+snapshot -c one q ; measure -l one -O qcow2 q
+measure -l one -O qcow2 q
+measure -l one raw
+measure -l one
+snapshot q
+snapshot -l q
+snapshot -l raw
+snapshot -q -l q
+snapshot -U -l q
+snapshot -U -c x q
+snapshot -l --image-opts driver=qcow2,file.filename=q
+snapshot -c x --image-opts driver=qcow2,file.filename=q ; snapshot -l q
+snapshot -d nope q
+snapshot -a nope q
+snapshot -c one q ; snapshot -d 1 q
+snapshot -c x raw
+snapshot -d x raw
+snapshot -a x --image-opts driver=raw,file.filename=raw
+snapshot -l nofile
+snapshot -c x nofile
+snapshot -c
+snapshot -c x
+snapshot -l q raw
+snapshot -l -c x q
+snapshot -c x -d y q
+snapshot --fancy q
+snapshot
+create -q -f qcow2 -o refcount_bits=1,preallocation=metadata a 1M ; snapshot -c x a ; snapshot -l a
+snapshot -c one top.qcow2 ; commit top.qcow2
 bench -c 10 q
 bench -c 10 -d 4 -s 8k -S 64k -o 1M -f raw raw
 bench -w -c 16 -d 4 --flush-interval 8 q
