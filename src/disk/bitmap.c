@@ -360,7 +360,7 @@ int bitmap_truncate(struct bitmap *b, uint64_t size) {
     return 0;
 }
 
-static int check_bits(uint64_t size, uint32_t granularity_bits, struct err *e) {
+int bitmap_check_size(uint64_t size, uint32_t granularity_bits, struct err *e) {
     uint64_t bytes = div_up(bits_for(size, granularity_bits), 8);
     if (bytes <= BITMAP_BYTES_MAX)
         return 0;
@@ -376,7 +376,7 @@ static int check_bits(uint64_t size, uint32_t granularity_bits, struct err *e) {
 }
 
 int bitmap_make(uint64_t size, uint32_t granularity_bits, struct bitmap **out, struct err *e) {
-    int r = check_bits(size, granularity_bits, e);
+    int r = bitmap_check_size(size, granularity_bits, e);
     if (r < 0)
         return r;
     struct bitmap *b = calloc(1, sizeof(*b));

@@ -104,11 +104,12 @@ int bitmap_mark_co(struct node *n, uint64_t offset, uint64_t length);
 /* All of the disk: another snapshot becomes the content, the image is emptied. */
 int bitmap_mark_all_co(struct node *n, struct err *e);
 /*
- * Around a change of the node's size, quiesced.  `begin` refuses when a bitmap could not follow
- * (-ENOTSUP, with its name) and arms and loads the others; `end` gives them n->size.  What the disk
- * has gained counts as changed: it may have had other content before it was cut off.
+ * Around a change of the node's size to `size`, quiesced.  `begin` refuses when a bitmap could not
+ * follow (it is inconsistent, or would have too many bits) and arms and loads the others; `end`
+ * gives them n->size.  What the disk has gained counts as changed: it may have had other content
+ * before it was cut off.
  */
-int bitmap_resize_begin_co(struct node *n, struct err *e);
+int bitmap_resize_begin_co(struct node *n, uint64_t size, struct err *e);
 void bitmap_resize_end(struct node *n);
 /* The node goes away: its format has stored what it could. */
 void bitmap_set_free(struct node *n);

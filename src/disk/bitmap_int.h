@@ -5,6 +5,8 @@
 
 #include "disk/bitmap.h"
 
+/* -EFBIG when a bitmap of a disk of `size` bytes would have too many bits. */
+int bitmap_check_size(uint64_t size, uint32_t granularity_bits, struct err *e);
 /* A bare bitmap without room for bits.  -EFBIG, -ENOMEM. */
 int bitmap_make(uint64_t size, uint32_t granularity_bits, struct bitmap **out, struct err *e);
 /* The array of chunks, within the budget of b->set.  -EFBIG, -ENOMEM. */

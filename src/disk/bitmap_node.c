@@ -410,13 +410,15 @@ int bitmap_store_co(struct node *n, struct err *e) {
 
 /* ---------------------------------------------------------------- resize */
 
-int bitmap_resize_begin_co(struct node *n, struct err *e) {
+int bitmap_resize_begin_co(struct node *n, uint64_t size, struct err *e) {
     struct bitmap_set *set = n->bitmaps;
     int r = 0;
-    if (!set)
+    if (!set || (size == n->size && size % 512 == 0)) /* formats round up to that */
         return 0;
     for (struct bitmap *b = NULL; !r && (b = bitmap_next(n, b));) {
         r = bitmap_load_co(b, e);
+        if (!r)
+            r = bitmap_check_size(size, b->granularity_bits, e);
         b->arm = !r;
     }
     return r < 0 ? err_prefix(e, "the disk's size cannot change") : arm_wanted_co(set, e);

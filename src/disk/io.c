@@ -237,7 +237,7 @@ int disk_resize_quiesced_co(struct node *n, uint64_t size, int prealloc, struct 
                        (unsigned long long)size, (long long)INT64_MAX);
     if (n->drv->format ? !n->drv->format->resize_co : !n->drv->storage->truncate_co)
         return err_set(e, ENOTSUP, "format '%s' cannot change its size", n->drv->name);
-    int r = bitmap_resize_begin_co(n, e);
+    int r = bitmap_resize_begin_co(n, size, e);
     if (!r) {
         r = n->drv->format ? format_resize_co(n, size, prealloc, e)
                            : n->drv->storage->truncate_co(n, size, prealloc, e);

@@ -98,7 +98,7 @@ static int bitmaps_begin_co(struct node *n, const char *id, struct err *e) {
     int r = n->drv->format->snapshot_list_co(n, &list, e);
     const struct snapshot_info *x = r ? NULL : snapshot_find(&list, id, NULL);
     if (x && x->disk_size != n->size)
-        r = bitmap_resize_begin_co(n, e);
+        r = bitmap_resize_begin_co(n, x->disk_size, e);
     return r ? r : bitmap_mark_all_co(n, e);
 }
 

@@ -516,6 +516,47 @@ def test_bitmaps_follow_the_size_and_new_room_counts_as_changed(run, io, peer, b
     peer("qemu-img", "check", path)
 
 
+def test_a_size_that_a_bitmap_cannot_follow_is_refused(run, tmp_path, listed):
+    path = tmp_path / "a.qcow2"
+    run("create", "-f", "qcow2", path, "2T")
+    run("bitmap", "--add", "-g", "512", path, "b")
+    before = digest(path)
+    p = run("resize", path, "2T", "--quiet")
+    p = run("resize", path, "3T", status=1)
+    assert "cannot change" in p.stderr and "1024 or more" in p.stderr
+    assert digest(path) == before and not listed(path)["b"]["inconsistent"]
+
+
+def test_applying_a_snapshot_calls_all_of_the_disk_changed(run, io, peer, bits, tmp_path):
+    path = tmp_path / "a.qcow2"
+    run("create", "-f", "qcow2", path, "4M")
+    run("snapshot", "-c", "small", path)
+    run("resize", path, "6M")
+    run("bitmap", "--add", path, "b")
+    run("bitmap", "--add", "--disable", path, "off")
+    run("snapshot", "-c", "large", path)
+    io(path, "write 0 64k")
+    run("snapshot", "-a", "small", path)
+    assert bits(path, "b") == [(0, 4 * MIB)]
+    run("bitmap", "--clear", path, "b")
+    run("snapshot", "-a", "large", path)
+    assert bits(path, "b") == [(0, 6 * MIB)] and bits(path, "off") == []
+    run("snapshot", "-d", "small", path)
+    peer("qemu-img", "check", path)
+
+
+def test_whole_clusters_of_ones_are_read_by_qemu(run, io, peer, bits, tmp_path):
+    path = tmp_path / "a.qcow2"
+    run("create", "-f", "qcow2", "-o", "cluster_size=512", path, "9M")
+    run("bitmap", "--add", "-g", "512", path, "b")
+    io(path, "write -z 1M 8M")
+    q = Qcow2(path)
+    table = q.get64(directory(q)[0])
+    assert [q.get64(table + 8 * i) for i in (1, 2, 3)] == [1, 1, 1]
+    assert bits(path, "b") == [(MIB, 8 * MIB)]
+    peer("qemu-img", "check", path)
+
+
 def test_commit_is_recorded_by_the_bitmaps_of_the_base(run, io, peer, bits, tmp_path):
     base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
     run("create", "-f", "qcow2", base, "4M")

@@ -269,7 +269,7 @@ int qcow2_bitmaps_writable_co(struct qcow2 *s, struct err *e) {
 }
 
 void qcow2_bitmaps_close(struct qcow2 *s) {
-    for (struct bitmap *b = NULL; (b = bitmap_next(s->node, b));)
+    for (struct bitmap *b = NULL; s->node && (b = bitmap_next(s->node, b));)
         if (b->persistent) {
             qcow2_bitmap_free(b->cookie);
             b->cookie = NULL;
