@@ -11,7 +11,7 @@ import os
 import random
 import re
 import shutil
-import signal
+import socket
 import struct
 import subprocess
 import time
@@ -44,6 +44,17 @@ def qio(peer):
     return call
 
 
+def wait_for(path, proc):
+    """Until the server accepts: its socket has a name a little before that."""
+    for _ in range(6000):
+        assert proc.poll() is None, proc.stderr and proc.stderr.read()
+        with socket.socket(socket.AF_UNIX) as s, contextlib.suppress(OSError):
+            s.connect(str(path))
+            return
+        time.sleep(.01)
+    raise AssertionError("the server does not begin")
+
+
 @pytest.fixture
 def bits(tmp_path):
     """bits(image, name) -> list of (offset, length): what QEMU calls dirty."""
@@ -52,11 +63,7 @@ def bits(tmp_path):
         p = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-B", name, "-k", sock, path],
                              stderr=subprocess.PIPE, text=True)
         try:
-            for _ in range(500):
-                if sock.exists() or p.poll() is not None:
-                    break
-                time.sleep(.01)
-            assert p.poll() is None, p.stderr.read()
+            wait_for(sock, p)
             q = subprocess.run(["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}",
                                 f"nbd+unix:///?socket={sock}"], capture_output=True, text=True,
                                timeout=60)
@@ -234,8 +241,7 @@ def qemu_nbd(tmp_path, *args):
     sock = tmp_path / "theirs.sock"
     p = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", sock, *map(str, args)])
     try:
-        while not sock.exists() and p.poll() is None:
-            time.sleep(.01)
+        wait_for(sock, p)
         yield f"nbd+unix:///?socket={sock}"
     finally:
         p.terminate()
@@ -293,8 +299,7 @@ def test_the_drop_in_qemu_nbd_serves_bitmaps(strata, layers, broken, tmp_path):
     link.symlink_to(os.path.abspath(strata))
     sock = tmp_path / "d.sock"
     p = subprocess.Popen([link, "-r", "-f", "qcow2", "-A", "-B", "fine", "-k", sock, layers])
-    while not sock.exists() and p.poll() is None:
-        time.sleep(.01)
+    wait_for(sock, p)
     assert [x for x in nbdmap(f"nbd+unix:///?socket={sock}", "qemu:dirty-bitmap:fine") if x[2]]
     assert p.wait(30) == 0
     for args in ["-B", "none", layers], ["-B", "b", broken]:
