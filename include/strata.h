@@ -109,6 +109,40 @@ STRATA_API int strata_keep(struct strata_disk *d, const char *file, struct strat
 STRATA_API int strata_create(struct strata *s, const char *name, const char *format, uint64_t size,
                              const char *options, struct strata_error *error);
 
+/*
+ * Internal snapshots: states of the disk that an image (qcow2) keeps inside itself; not to be
+ * confused with STRATA_SNAPSHOT.  They have an id, unique and chosen by the format, and a name.
+ */
+struct strata_snapshot {
+    const char *id, *name;
+    uint64_t disk_size;
+    uint64_t vm_state_size; /* of a machine's state saved with it; 0: none */
+    uint64_t date_sec;      /* of its making, since 1970 */
+    uint32_t date_nsec;
+    uint64_t vm_clock_nsec;
+    uint64_t icount; /* instructions executed; UINT64_MAX: unknown */
+};
+/*
+ * *out is an array of *count entries, which strata_snapshots_free() frees with its texts; NULL when
+ * there are none.  -ENOTSUP: the format has none; -EINVAL, -EIO: a damaged table.
+ */
+STRATA_API int strata_snapshot_list(struct strata_disk *d, struct strata_snapshot **out,
+                                    size_t *count, struct strata_error *error);
+STRATA_API void strata_snapshots_free(struct strata_snapshot *list, size_t count);
+/*
+ * For disks open read-write.  `snapshot` is an id or, where none is equal, a name (the first of
+ * several).  Requests of other threads wait.  Done and on stable storage when they return 0; after
+ * an error, a kill or a power cut the image is as before or as after.  -ENOENT: there is none;
+ * -EOVERFLOW: the image's reference counts are too narrow for one more.  Applying makes the disk,
+ * its size too, what the snapshot holds.
+ */
+STRATA_API int strata_snapshot_create(struct strata_disk *d, const char *name,
+                                      struct strata_error *error);
+STRATA_API int strata_snapshot_apply(struct strata_disk *d, const char *snapshot,
+                                     struct strata_error *error);
+STRATA_API int strata_snapshot_delete(struct strata_disk *d, const char *snapshot,
+                                      struct strata_error *error);
+
 #ifdef __cplusplus
 }
 #endif

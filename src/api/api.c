@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/cleanup.h"
 #include "base/err.h"
@@ -24,6 +25,7 @@
 #include "disk/node.h"
 #include "disk/open.h"
 #include "disk/overlay.h"
+#include "disk/snapshot.h"
 #include "job/copy.h"
 #include "runtime/loop.h"
 #include "strata.h"
@@ -387,6 +389,92 @@ static int do_keep(void *arg, struct err *e) {
 int strata_keep(struct strata_disk *d, const char *file, struct strata_error *error) {
     struct keep_call c = {d, file};
     return call_run(d->s, do_keep, &c, error);
+}
+
+/* ---- internal snapshots ---- */
+
+struct snapshot_call {
+    struct strata_disk *d;
+    const char *what; /* name, or id */
+    int (*act_co)(struct node *n, const char *id, struct err *e);
+    struct snapshot_list list;
+};
+
+static int do_snapshot_list(void *arg, struct err *e) {
+    struct snapshot_call *c = arg;
+    int r = disk_snapshot_list_co(c->d->node, &c->list, e);
+    return r < 0 ? err_prefix(e, "%s", c->d->node->filename) : 0;
+}
+
+int strata_snapshot_list(struct strata_disk *d, struct strata_snapshot **out, size_t *count,
+                         struct strata_error *error) {
+    struct snapshot_call c = {.d = d};
+    *out = NULL;
+    *count = 0;
+    int r = call_run(d->s, do_snapshot_list, &c, error);
+    if (!r && c.list.count) {
+        *out = xcalloc(c.list.count, sizeof(**out));
+        for (; *count < c.list.count; ++*count) {
+            struct snapshot_info *x = &c.list.v[*count];
+            (*out)[*count] = (struct strata_snapshot){.id = steal(&x->id),
+                                                      .name = steal(&x->name),
+                                                      .disk_size = x->disk_size,
+                                                      .vm_state_size = x->vm_state_size,
+                                                      .date_sec = x->date_sec,
+                                                      .date_nsec = x->date_nsec,
+                                                      .vm_clock_nsec = x->vm_clock_nsec,
+                                                      .icount = x->icount};
+        }
+    }
+    snapshot_list_free(&c.list);
+    return r;
+}
+
+void strata_snapshots_free(struct strata_snapshot *list, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        free((char *)list[i].id);
+        free((char *)list[i].name);
+    }
+    free(list);
+}
+
+static int do_snapshot_create(void *arg, struct err *e) {
+    struct snapshot_call *c = arg;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    struct snapshot_info info = {.name = xstrdup(c->what),
+                                 .date_sec = (uint32_t)now.tv_sec,
+                                 .date_nsec = (uint32_t)now.tv_nsec,
+                                 .icount = SNAPSHOT_ICOUNT_UNKNOWN};
+    int r = disk_snapshot_create_co(c->d->node, &info, e);
+    snapshot_info_free(&info);
+    return r < 0 ? err_prefix(e, "%s", c->d->node->filename) : 0;
+}
+
+static int do_snapshot_act(void *arg, struct err *e) {
+    struct snapshot_call *c = arg;
+    int r = do_snapshot_list(c, e);
+    const struct snapshot_info *x = r ? NULL : snapshot_find_key(&c->list, c->what);
+    if (!r && !x)
+        r = err_set(e, ENOENT, "%s has no snapshot '%s'", c->d->node->filename, c->what);
+    if (!r && (r = c->act_co(c->d->node, x->id, e)) < 0)
+        err_prefix(e, "%s", c->d->node->filename);
+    snapshot_list_free(&c->list);
+    return r;
+}
+
+int strata_snapshot_create(struct strata_disk *d, const char *name, struct strata_error *error) {
+    struct snapshot_call c = {.d = d, .what = name};
+    return call_run(d->s, do_snapshot_create, &c, error);
+}
+int strata_snapshot_apply(struct strata_disk *d, const char *snapshot, struct strata_error *error) {
+    struct snapshot_call c = {.d = d, .what = snapshot, .act_co = disk_snapshot_apply_co};
+    return call_run(d->s, do_snapshot_act, &c, error);
+}
+int strata_snapshot_delete(struct strata_disk *d, const char *snapshot,
+                           struct strata_error *error) {
+    struct snapshot_call c = {.d = d, .what = snapshot, .act_co = disk_snapshot_delete_co};
+    return call_run(d->s, do_snapshot_act, &c, error);
 }
 
 /* ---- creation ---- */

@@ -105,6 +105,36 @@ static void a_snapshot_can_be_kept_as_an_overlay(void **state) {
     strata_close(d);
 }
 
+static void states_of_the_disk_are_kept_and_come_back(void **state) {
+    struct strata_disk *d = open_disk(base, STRATA_READ_WRITE);
+    struct strata_snapshot *list;
+    struct strata_error e;
+    size_t count;
+    assert_int_equal(strata_pwrite(d, "then", 4, MIB), 0);
+    assert_int_equal(strata_snapshot_create(d, "one", &e), 0);
+    assert_int_equal(strata_pwrite(d, "now!", 4, MIB), 0);
+    assert_int_equal(strata_snapshot_create(d, "two", &e), 0);
+    assert_int_equal(strata_snapshot_list(d, &list, &count, &e), 0);
+    assert_int_equal(count, 2);
+    assert_string_equal(list[0].id, "1");
+    assert_string_equal(list[1].name, "two");
+    assert_int_equal(list[1].disk_size, 8 * MIB);
+    assert_true(list[0].date_sec && list[0].icount == UINT64_MAX);
+    strata_snapshots_free(list, count);
+    assert_int_equal(strata_snapshot_apply(d, "one", &e), 0);
+    expect(d, MIB, "then");
+    assert_int_equal(strata_pwrite(d, "more", 4, MIB), 0);
+    assert_int_equal(strata_snapshot_delete(d, "1", &e), 0);
+    assert_int_equal(strata_snapshot_delete(d, "1", &e), -ENOENT);
+    assert_non_null(strstr(e.message, "has no snapshot '1'"));
+    expect(d, MIB, "more");
+    assert_int_equal(strata_close(d), 0);
+    d = open_disk(base, 0);
+    assert_int_equal(strata_snapshot_apply(d, "two", &e), -EROFS);
+    expect(d, MIB, "more");
+    strata_close(d);
+}
+
 static void extents_tell_holes_from_data(void **state) {
     struct strata_disk *d = open_disk(base, STRATA_READ_WRITE);
     struct strata_extent x;
@@ -177,6 +207,7 @@ int main(void) {
         TEST(a_snapshot_leaves_the_base_as_it_was),
         TEST(a_snapshot_can_be_committed),
         TEST(a_snapshot_can_be_kept_as_an_overlay),
+        TEST(states_of_the_disk_are_kept_and_come_back),
         TEST(extents_tell_holes_from_data),
         TEST(errors_name_the_file_and_what_to_do),
         TEST(many_threads_write_one_disk),

@@ -241,15 +241,13 @@ const struct qcow2_snapshot *qcow2_snapshot_by_id(const struct qcow2_snapshots *
 uint64_t qcow2_snapshot_next_id(const struct qcow2_snapshots *t) {
     uint64_t max = 0;
     for (uint32_t i = 0; i < t->count; i++) {
-        char text[24];
+        char text[20];
         size_t n = strnlen(t->v[i].id, t->v[i].id_length);
-        if (!n || n >= sizeof(text))
-            continue;
+        if (!n || n >= sizeof(text) - 1 || t->v[i].id[0] < '0' || t->v[i].id[0] > '9')
+            continue; /* no number, or one so long that there is room for all others below it */
         memcpy(text, t->v[i].id, n);
         text[n] = 0;
-        uint64_t id = strtoull(text, NULL, 10);
-        if (id < UINT64_MAX)
-            max = max_u64(max, id);
+        max = max_u64(max, strtoull(text, NULL, 10));
     }
     return max + 1;
 }
