@@ -87,10 +87,14 @@ static int grow_l1_co(struct qcow2 *s, uint32_t entries) {
     /* The new table's clusters are counted on storage before the header names it. */
     if (!r && !PLANTED(RESIZE_NAMES_L1_EARLY))
         r = qcow2_flush_co(s->node);
-    if (!r)
+    bool named = !r;
+    if (named)
         r = write_size_co(s, s->h.size, entries, host);
     if (r < 0) {
-        if (moved) {
+        /* Which table the header names now is not known: the old one again, and both stay. */
+        if (named)
+            write_size_co(s, s->h.size, s->h.l1_size, old_host);
+        if (moved && !named) {
             qcow2_meta_remove(s, host, bytes);
             qcow2_release_co(s, qcow2_cluster_index(s, host), clusters);
         }
