@@ -39,6 +39,7 @@ struct check {
     bool incomplete; /* a table could not be followed: what it names is not counted */
     bool rebuild;    /* refcount structures are damaged, missing, or share a cluster */
     bool overlaps;   /* data in clusters of metadata */
+    bool unread;     /* a refcount block could not be read: its counts are not known */
     /*
      * Names outside the file, by cluster: the highest one near its end, and the lowest one far off.
      * Nothing new may be put where they point.

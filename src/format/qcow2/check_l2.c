@@ -23,7 +23,7 @@ static void skip_entry(struct check *c, uint64_t i) {
 
 static void check_l1_copied(struct check *c, uint64_t i, uint64_t entry, uint64_t cluster) {
     uint64_t stored = counts_get(&c->stored, cluster);
-    if (!c->without_refs && (stored == 1) != !!(entry & QCOW2_COPIED))
+    if (!c->without_refs && !c->unread && (stored == 1) != !!(entry & QCOW2_COPIED))
         check_corruption(c,
                          "L1 entry %" PRIu64 ": 0x%" PRIx64 " has the COPIED flag %s, but the "
                          "reference count of its L2 table is %" PRIu64,
@@ -97,7 +97,7 @@ struct l2_walk {
 static void check_copied(struct l2_walk *w, uint64_t first) {
     struct check *c = w->c;
     bool copied = w->run_entry & QCOW2_COPIED;
-    if (c->without_refs || (copied && counts_all_one(&c->stored, first, w->run)))
+    if (c->without_refs || c->unread || (copied && counts_all_one(&c->stored, first, w->run)))
         return;
     for (uint64_t k = 0; k < w->run; k++) {
         uint64_t stored = counts_get(&c->stored, first + k);

@@ -114,9 +114,13 @@ static int read_table_co(struct qcow2 *s, const char *what, uint64_t offset, uin
     return 0;
 }
 
-/* A table's outcome `r`: an error, or in an open to check a note. */
+/*
+ * A table's outcome `r`: an error, or in an open to check a note.  A table that could not be read
+ * is not a damaged one, and must not be repaired as if it were.
+ */
 static int table_problem(const struct qcow2 *s, int r, char **problem, struct err *e) {
-    if (r >= 0 || r == -ENOMEM || !(s->node->flags & NODE_CHECK))
+    bool damage = r == -EINVAL || r == -EFBIG;
+    if (!damage || !(s->node->flags & NODE_CHECK))
         return r;
     free(*problem);
     *problem = xstrdup(err_text(e));
