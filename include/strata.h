@@ -98,6 +98,39 @@ struct strata_extent {
 };
 STRATA_API int strata_extent(struct strata_disk *d, uint64_t offset, struct strata_extent *out);
 
+/*
+ * Dirty bitmaps that the image keeps (qcow2 of version 3): which parts of the disk may have changed
+ * since a bitmap was made or cleared, in units of its granularity (a power of two from 512 to
+ * 2 GiB).  They are stored when the disk is closed; one whose program crashed is inconsistent, and
+ * can only be removed.  Bitmaps of the disk itself, not of the layers below it.
+ */
+struct strata_bitmap {
+    char name[1024];
+    uint64_t granularity;
+    int enabled;      /* records changes */
+    int inconsistent; /* was in use when its program ended without storing it */
+    int usable;       /* its bits can be read */
+};
+/* The index-th bitmap, from 0.  -ENOENT behind the last. */
+STRATA_API int strata_bitmap_info(struct strata_disk *d, size_t index, struct strata_bitmap *out);
+/* `granularity` 0: chosen.  -EEXIST, -EINVAL, -EFBIG, -ENOTSUP, -EROFS. */
+STRATA_API int strata_bitmap_add(struct strata_disk *d, const char *name, uint64_t granularity,
+                                 struct strata_error *error);
+/* At once, and stably. */
+STRATA_API int strata_bitmap_remove(struct strata_disk *d, const char *name,
+                                    struct strata_error *error);
+STRATA_API int strata_bitmap_clear(struct strata_disk *d, const char *name,
+                                   struct strata_error *error);
+STRATA_API int strata_bitmap_enable(struct strata_disk *d, const char *name, int on,
+                                    struct strata_error *error);
+/* Adds what bitmap `source` of `from` (may be `d`) has recorded; disks of one context and size. */
+STRATA_API int strata_bitmap_merge(struct strata_disk *d, const char *name,
+                                   struct strata_disk *from, const char *source,
+                                   struct strata_error *error);
+/* The first run of changed bytes at or behind `offset`: 1 and the run, 0: none, or -errno. */
+STRATA_API int strata_bitmap_next(struct strata_disk *d, const char *name, uint64_t offset,
+                                  uint64_t *start, uint64_t *length);
+
 /* STRATA_SNAPSHOT disks: write the changes into the base, or save them as a qcow2 overlay. */
 STRATA_API int strata_commit(struct strata_disk *d, struct strata_error *error);
 STRATA_API int strata_keep(struct strata_disk *d, const char *file, struct strata_error *error);

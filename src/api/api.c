@@ -357,6 +357,123 @@ int strata_extent(struct strata_disk *d, uint64_t offset, struct strata_extent *
     return call_run(d->s, do_extent, &c, NULL);
 }
 
+/* ---- dirty bitmaps ---- */
+
+struct bitmap_call {
+    struct node *node, *from;
+    const char *name, *source;
+    uint64_t granularity, offset;
+    size_t index;
+    int on;
+    struct strata_bitmap *out;
+    uint64_t *start, *length;
+};
+
+static int named_bitmap(struct node *n, const char *name, struct bitmap **out, struct err *e) {
+    *out = bitmap_find(n, name);
+    return *out ? 0 : err_set(e, ENOENT, "%s has no bitmap '%s'", n->filename, name);
+}
+
+static int do_bitmap_info(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b = bitmap_next(c->node, NULL);
+    for (size_t i = 0; b && i < c->index; i++)
+        b = bitmap_next(c->node, b);
+    if (!b)
+        return -ENOENT;
+    *c->out = (struct strata_bitmap){.granularity = bitmap_granularity(b),
+                                     .enabled = b->enabled,
+                                     .inconsistent = b->inconsistent,
+                                     .usable = bitmap_usable(b, false, NULL) == 0};
+    snprintf(c->out->name, sizeof(c->out->name), "%s", b->name);
+    return 0;
+}
+
+int strata_bitmap_info(struct strata_disk *d, size_t index, struct strata_bitmap *out) {
+    struct bitmap_call c = {.node = d->node, .index = index, .out = out};
+    return call_run(d->s, do_bitmap_info, &c, NULL);
+}
+
+static int do_bitmap_add(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap_new what = {.name = c->name, .granularity = c->granularity, .persistent = true};
+    return bitmap_add_co(c->node, &what, NULL, e);
+}
+
+int strata_bitmap_add(struct strata_disk *d, const char *name, uint64_t granularity,
+                      struct strata_error *error) {
+    struct bitmap_call c = {.node = d->node, .name = name, .granularity = granularity};
+    return call_run(d->s, do_bitmap_add, &c, error);
+}
+
+static int do_bitmap_remove(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b;
+    int r = named_bitmap(c->node, c->name, &b, e);
+    return r < 0 ? r : bitmap_remove_co(b, e);
+}
+
+int strata_bitmap_remove(struct strata_disk *d, const char *name, struct strata_error *error) {
+    struct bitmap_call c = {.node = d->node, .name = name};
+    return call_run(d->s, do_bitmap_remove, &c, error);
+}
+
+static int do_bitmap_clear(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b;
+    int r = named_bitmap(c->node, c->name, &b, e);
+    return r < 0 ? r : bitmap_clear_co(b, e);
+}
+
+int strata_bitmap_clear(struct strata_disk *d, const char *name, struct strata_error *error) {
+    struct bitmap_call c = {.node = d->node, .name = name};
+    return call_run(d->s, do_bitmap_clear, &c, error);
+}
+
+static int do_bitmap_enable(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b;
+    int r = named_bitmap(c->node, c->name, &b, e);
+    return r < 0 ? r : bitmap_set_enabled_co(b, c->on, e);
+}
+
+int strata_bitmap_enable(struct strata_disk *d, const char *name, int on,
+                         struct strata_error *error) {
+    struct bitmap_call c = {.node = d->node, .name = name, .on = on};
+    return call_run(d->s, do_bitmap_enable, &c, error);
+}
+
+static int do_bitmap_merge(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b, *from;
+    int r = named_bitmap(c->node, c->name, &b, e);
+    if (!r)
+        r = named_bitmap(c->from, c->source, &from, e);
+    return r < 0 ? r : bitmap_merge_co(b, from, e);
+}
+
+int strata_bitmap_merge(struct strata_disk *d, const char *name, struct strata_disk *from,
+                        const char *source, struct strata_error *error) {
+    struct bitmap_call c = {.node = d->node, .name = name, .from = from->node, .source = source};
+    return call_run(d->s, do_bitmap_merge, &c, error);
+}
+
+static int do_bitmap_next(void *arg, struct err *e) {
+    struct bitmap_call *c = arg;
+    struct bitmap *b;
+    int r = named_bitmap(c->node, c->name, &b, e);
+    if (!r)
+        r = bitmap_load_co(b, e);
+    return r < 0 ? r : bitmap_next_dirty(b, c->offset, b->size, c->start, c->length);
+}
+
+int strata_bitmap_next(struct strata_disk *d, const char *name, uint64_t offset, uint64_t *start,
+                       uint64_t *length) {
+    struct bitmap_call c = {
+        .node = d->node, .name = name, .offset = offset, .start = start, .length = length};
+    return call_run(d->s, do_bitmap_next, &c, NULL);
+}
+
 /* ---- throw-away disks ---- */
 
 static int do_commit(void *arg, struct err *e) {

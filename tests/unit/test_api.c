@@ -199,6 +199,47 @@ static void many_threads_write_one_disk(void **state) {
     strata_close(d);
 }
 
+static void bitmaps_record_what_is_written(void **state) {
+    struct strata_disk *d = open_disk(base, STRATA_READ_WRITE);
+    struct strata_bitmap info;
+    struct strata_error e;
+    uint64_t start, length;
+    char block[4096] = {1};
+    assert_int_equal(strata_bitmap_info(d, 0, &info), -ENOENT);
+    assert_int_equal(strata_bitmap_add(d, "a", 65536, NULL), 0);
+    assert_int_equal(strata_bitmap_add(d, "a", 65536, NULL), -EEXIST);
+    assert_int_equal(strata_bitmap_add(d, "b", 1000, &e), -EINVAL);
+    assert_non_null(strstr(e.message, "power of two"));
+    assert_int_equal(strata_bitmap_add(d, "b", 512, NULL), 0);
+    assert_int_equal(strata_pwrite(d, block, sizeof(block), 2 * MIB), 0);
+    assert_int_equal(strata_bitmap_next(d, "a", 0, &start, &length), 1);
+    assert_int_equal(start, 2 * MIB);
+    assert_int_equal(length, 65536);
+    assert_int_equal(strata_bitmap_next(d, "a", start + length, &start, &length), 0);
+    assert_int_equal(strata_bitmap_next(d, "none", 0, &start, &length), -ENOENT);
+    assert_int_equal(strata_bitmap_clear(d, "a", NULL), 0);
+    assert_int_equal(strata_bitmap_enable(d, "a", 0, NULL), 0);
+    assert_int_equal(strata_bitmap_merge(d, "a", d, "b", NULL), 0);
+    assert_int_equal(strata_pwrite(d, block, sizeof(block), 0), 0);
+    assert_int_equal(strata_close(d), 0);
+
+    d = open_disk(base, 0);
+    assert_int_equal(strata_bitmap_info(d, 0, &info), 0);
+    assert_string_equal(info.name, "a");
+    assert_int_equal(info.granularity, 65536);
+    assert_false(info.enabled || info.inconsistent);
+    assert_true(info.usable);
+    assert_int_equal(strata_bitmap_next(d, "a", 0, &start, &length), 1);
+    assert_int_equal(start, 2 * MIB);
+    assert_int_equal(strata_bitmap_clear(d, "a", NULL), -EROFS);
+    strata_close(d);
+
+    d = open_disk(base, STRATA_READ_WRITE);
+    assert_int_equal(strata_bitmap_remove(d, "b", NULL), 0);
+    assert_int_equal(strata_bitmap_info(d, 1, &info), -ENOENT);
+    strata_close(d);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void) {
@@ -211,6 +252,7 @@ int main(void) {
         TEST(extents_tell_holes_from_data),
         TEST(errors_name_the_file_and_what_to_do),
         TEST(many_threads_write_one_disk),
+        TEST(bitmaps_record_what_is_written),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
