@@ -31,7 +31,7 @@ static bool extent_is_sane(const struct node *n, uint64_t offset, uint64_t lengt
     case EXTENT_DATA:
         return x->storage && x->host_offset <= INT64_MAX - x->length;
     case EXTENT_CODED:
-        return x->storage && n->codec && x->coded_length && x->unit_length &&
+        return x->storage && x->codec && x->coded_length && x->unit_length &&
                x->unit_offset <= offset && offset - x->unit_offset < x->unit_length &&
                x->length <= x->unit_length - (offset - x->unit_offset) &&
                x->host_offset <= (uint64_t)INT64_MAX - x->coded_length;

@@ -82,7 +82,8 @@ static uint8_t *iov_contiguous(const struct iovec *iov, int niov, uint64_t at, u
 static void batch_add(struct coded_batch *b, const struct extent *x, uint64_t offset,
                       const struct iovec *iov, int niov, uint64_t iov_at) {
     struct coded_job *j = &b->job[b->n++];
-    *j = (struct coded_job){.code_length = x->coded_length,
+    *j = (struct coded_job){.codec = x->codec,
+                            .code_length = x->coded_length,
                             .out_length = x->unit_length,
                             .host_offset = x->host_offset,
                             .from = offset - x->unit_offset,
@@ -107,7 +108,7 @@ static bool batch_fits(const struct coded_batch *b, const struct extent *x) {
            b->bounce_bytes + x->unit_length <= BATCH_OUT_BYTES;
 }
 
-static int batch_run_co(struct coded_batch *b, struct node *layer, struct node *storage) {
+static int batch_run_co(struct coded_batch *b, struct node *storage) {
     uint64_t out_bytes = 0, at = 0;
     b->codes = buf_get(b->high - b->low);
     b->bounce = b->bounce_bytes ? buf_get(b->bounce_bytes) : NULL;
@@ -118,7 +119,6 @@ static int batch_run_co(struct coded_batch *b, struct node *layer, struct node *
         return r;
     for (int i = 0; i < b->n; i++) {
         struct coded_job *j = &b->job[i];
-        j->codec = layer->codec;
         j->code = b->codes + (j->host_offset - b->low);
         if (j->bounced) {
             j->out = b->bounce + at;
@@ -177,7 +177,7 @@ int coded_read_co(struct node *layer, uint64_t offset, uint64_t length, const st
         *done += x.length;
     }
 
-    int r = batch_run_co(b, layer, storage);
+    int r = batch_run_co(b, storage);
     for (int i = 0; !r && i < b->n; i++) {
         const struct coded_job *j = &b->job[i];
         if (!j->bounced)

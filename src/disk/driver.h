@@ -39,7 +39,7 @@ enum extent_kind {
                   */
     EXTENT_ZERO, /* reads as zeros whatever lies below */
     EXTENT_DATA, /* bytes lie at host_offset of `storage`, in the same order */
-    EXTENT_CODED /* one unit that node->codec must decode; see coded_* */
+    EXTENT_CODED /* one unit that `codec` must decode; see coded_* */
 };
 
 enum extent_flags {
@@ -61,6 +61,7 @@ struct extent {
      * upper bound (bytes behind the code may be anything; past the end of storage they read as
      * zeros). `length` runs to the end of the unit at most.
      */
+    const struct codec *codec;
     uint64_t unit_offset;
     uint32_t unit_length;
     uint32_t coded_length;

@@ -78,7 +78,7 @@ struct node {
     uint32_t
         request_align; /* storage: offset, length and memory must be multiples (O_DIRECT), else 1 */
     unsigned storage_flags;    /* enum storage_kind_flags */
-    const struct codec *codec; /* format with coded units */
+    const struct codec *codec; /* format that can take coded units: what encodes them */
 
     struct node *file;    /* format, filter: where its bytes lie */
     struct node *data_file; /* format: where guest bytes lie when not in `file`; NULL: there */

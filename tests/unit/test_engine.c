@@ -81,6 +81,13 @@ struct grid {
     bool fail_place, dirty_room; /* room does not read as zeros */
 };
 
+/* One byte of code is the byte that fills the unit. */
+static int fill_decode(const void *in, size_t in_len, void *out, size_t out_len) {
+    memset(out, *(const uint8_t *)in, out_len);
+    return 0;
+}
+static const struct codec fill_codec = {.name = "fill", .decode = fill_decode};
+
 static int grid_map_co(struct node *n, uint64_t off, uint64_t len, struct extent *x) {
     struct grid *g = n->state;
     uint64_t u = off / UNIT, in = off % UNIT;
@@ -92,6 +99,7 @@ static int grid_map_co(struct node *n, uint64_t off, uint64_t len, struct extent
         x->storage = n->file;
         x->host_offset = g->unit[u].host + in;
     } else if (x->kind == EXTENT_CODED) {
+        x->codec = &fill_codec;
         x->storage = n->file;
         x->host_offset = g->unit[u].host;
         x->coded_length = 1;
@@ -153,13 +161,6 @@ static int grid_set_zero_co(struct node *n, uint64_t off, uint64_t len, unsigned
         g->unit[u].kind = P_ZERO;
     return 0;
 }
-
-/* One byte of code is the byte that fills the unit. */
-static int fill_decode(const void *in, size_t in_len, void *out, size_t out_len) {
-    memset(out, *(const uint8_t *)in, out_len);
-    return 0;
-}
-static const struct codec fill_codec = {.name = "fill", .decode = fill_decode};
 
 static const struct format_ops grid_ops = {.map_co = grid_map_co,
                                            .place_co = grid_place_co,

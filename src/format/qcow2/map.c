@@ -154,6 +154,7 @@ static void run_extend_co(struct qcow2 *s, struct run *run) {
 static int map_coded(const struct qcow2 *s, uint64_t entry, uint64_t offset, uint64_t length,
                      struct extent *out) {
     out->kind = EXTENT_CODED;
+    out->codec = s->node->codec;
     out->storage = s->file;
     qcow2_coded_decode(s->cluster_bits, entry, &out->host_offset, &out->coded_length);
     if (out->host_offset < s->cluster_size ||
