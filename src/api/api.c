@@ -455,6 +455,12 @@ static int do_bitmap_merge(void *arg, struct err *e) {
 int strata_bitmap_merge(struct strata_disk *d, const char *name, struct strata_disk *from,
                         const char *source, struct strata_error *error) {
     struct bitmap_call c = {.node = d->node, .name = name, .from = from->node, .source = source};
+    if (from->s != d->s) { /* another thread's */
+        struct err e = ERR_INIT;
+        int r = err_set(&e, EINVAL, "the two disks belong to different contexts");
+        copy_error(error, &e, r);
+        return r;
+    }
     return call_run(d->s, do_bitmap_merge, &c, error);
 }
 
