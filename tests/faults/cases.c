@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <jansson.h>
 
@@ -392,6 +394,46 @@ static int case_bitmap(struct trial *t) {
     return r;
 }
 
+/* The image as a kill would leave it, without a call that could be made to fail. */
+static void copy_as_is(struct trial *t, const char *from, const char *to) {
+    int in = (int)syscall(SYS_open, path(t, from), O_RDONLY);
+    int out = (int)syscall(SYS_open, path(t, to), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    while (syscall(SYS_sendfile, out, in, NULL, (size_t)MIB) > 0)
+        ;
+    syscall(SYS_close, in);
+    syscall(SYS_close, out);
+}
+
+/* Storing fails, the guest goes on, the program is killed: no bitmap on storage misses a write. */
+static int case_bitmap_doubt(struct trial *t) {
+    struct bitmap_new what = {.name = "b", .granularity = 4096, .persistent = true};
+    struct bitmap *b;
+    WITH(t, n, "small.qcow2", OPEN_RW);
+    r = bitmap_add_co(n, &what, NULL, &t->e);
+    r = r ? r : write_co(t, n, 7, 1);
+    int first = r ? r : bitmap_store_co(n, &t->e);
+    r = r ? r : write_co(t, n, 100, 1);
+    int second = first || r ? r : bitmap_store_co(n, &t->e);
+    r = r ? r : write_co(t, n, 200, 1);
+    r = r ? r : flush_co(t, n);
+    copy_as_is(t, "small.qcow2", "cut.qcow2");
+    node_unref_co(n);
+    if (!r) {
+        struct err why AUTO_ERR = ERR_INIT;
+        struct open_req req = {.name = path(t, "cut.qcow2"), .format = "qcow2", .gate = GATE_ANY};
+        r = node_open_co(&req, &n, &why);
+        b = r ? NULL : bitmap_find(n, "b");
+        if (b && bitmap_load_co(b, NULL) == 0 &&
+            (!bitmap_get(b, 7 * BLOCK) || !bitmap_get(b, 100 * BLOCK) ||
+             !bitmap_get(b, 200 * BLOCK)))
+            say(t, "the bitmap does not know of a write");
+        if (!r)
+            node_unref_co(n);
+    }
+    unlink(path(t, "cut.qcow2"));
+    return r ? r : first ? first : second;
+}
+
 /* Reference counts were lost; what the guest reads was not. */
 static int case_repair(struct trial *t) {
     struct check_result c = {.fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS};
@@ -429,6 +471,7 @@ const struct fault_case fault_cases[] = {
     {"raw", "flat.img", NULL, case_raw},
     {"subclusters", "sub.qcow2", NULL, case_sub},
     {"bitmap", "small.qcow2", NULL, case_bitmap},
+    {"bitmap-doubt", "small.qcow2", NULL, case_bitmap_doubt},
     {"repair", "hurt.qcow2", NULL, case_repair},
     {0},
 };

@@ -34,6 +34,7 @@ enum qcow2_bitmap_flags {
 /* The stored form of one bitmap. */
 struct qcow2_bitmap {
     uint64_t entry_at; /* where its directory entry lies */
+    uint64_t doubt_at; /* and where it may lie: another directory may be in force; 0: no doubt */
     uint64_t table_offset;
     uint32_t table_entries;
     uint32_t flags;

@@ -15,8 +15,8 @@
  *  5. what only the old directory named goes into limbo.
  *
  * A crash before 4 leaves the old directory, with its in-use marks, and leaks; after 4 the new one,
- * and leaks.  An error before 4 gives the fresh clusters back; at 4 nobody knows which header is on
- * storage, and both sets of clusters stay counted.
+ * and leaks.  An error before 4 gives the fresh clusters back.  After an error at 4 nobody knows
+ * which directory is in force: both stay counted, and arming marks both.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -79,6 +79,8 @@ int qcow2_bitmap_arm_co(struct node *n, struct err *e) {
             continue;
         be32_store(field, q->flags | QCOW2_BITMAP_IN_USE);
         r = disk_pwrite_co(s->file, q->entry_at + QCOW2_BITMAP_FLAGS_AT, field, sizeof(field));
+        if (!r && q->doubt_at)
+            r = disk_pwrite_co(s->file, q->doubt_at + QCOW2_BITMAP_FLAGS_AT, field, sizeof(field));
     }
     if (!r && qcow2_ordered(s) && !PLANTED(BITMAP_ARM_UNSTABLE))
         r = disk_flush_co(s->file);
@@ -296,7 +298,27 @@ static void note_entries(struct qcow2 *s, const struct rewrite *w) {
         }
         struct qcow2_bitmap *q = b->cookie;
         q->entry_at = pos;
+        q->doubt_at = 0;
         pos += qcow2_bitmap_entry_bytes(strlen(b->name), q->extra_length);
+    }
+}
+
+/* The new directory may be in force, or not. */
+static void note_doubt(struct qcow2 *s, const struct rewrite *w) {
+    uint64_t pos = w->dir_at;
+    for (struct bitmap *b = NULL; (b = bitmap_next(s->node, b));) {
+        if (!listed(w, b))
+            continue;
+        uint64_t bytes = qcow2_bitmap_entry_bytes(strlen(b->name), form_of(b)->extra_length);
+        if (!b->cookie) { /* if anywhere, it is there */
+            b->cookie = steal(&b->pending);
+            ((struct qcow2_bitmap *)b->cookie)->entry_at = pos;
+            b->stored = true;
+        } else {
+            ((struct qcow2_bitmap *)b->cookie)->doubt_at = pos;
+        }
+        b->armed = false;
+        pos += bytes;
     }
 }
 
@@ -322,6 +344,8 @@ static int switch_dir_co(struct qcow2 *s, struct rewrite *w, struct err *e) {
     r = name_dir_co(s, w, e);
     if (r == -ENOSPC)
         give_back_co(s, &w->fresh); /* the header was not touched */
+    else if (r < 0)
+        note_doubt(s, w);
     if (r < 0)
         return r;
     note_entries(s, w);
@@ -364,6 +388,12 @@ static int prepare_co(struct qcow2 *s, struct bitmap *b, struct rewrite *w, stru
     return r < 0 ? err_errno(e, -r, "writing bitmap '%s'", b->name) : 0;
 }
 
+/* Not stored as it is; or it may be, but is marked in the directory that counts here. */
+static bool out_of_date(const struct bitmap *b) {
+    const struct qcow2_bitmap *q = b->cookie;
+    return !b->stored || b->armed || q->flags & QCOW2_BITMAP_IN_USE;
+}
+
 int qcow2_bitmap_store_co(struct node *n, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     struct rewrite w = {.drop = NULL};
@@ -371,7 +401,7 @@ int qcow2_bitmap_store_co(struct node *n, struct err *e) {
     if (s->h.version < 3) /* it has become so since: they are given up */
         return 0;
     for (struct bitmap *b = NULL; !r && (b = bitmap_next(n, b));)
-        if (b->persistent && !b->inconsistent && !b->foreign && (!b->stored || b->armed))
+        if (b->persistent && !b->inconsistent && !b->foreign && out_of_date(b))
             r = prepare_co(s, b, &w, e);
     if (r < 0)
         give_back_co(s, &w.fresh);
