@@ -15,6 +15,7 @@ text and random bytes, as raw and as qcow2.
     BENCH_DIR=/var/tmp  where the images go (about five times BENCH_GIB)
     BENCH_ONLY=TEXT     rows whose name contains TEXT
     BENCH_SKIP_SLOW=1   leave out qemu-img's slow default modes
+    BENCH_MAP_TIB=4     the fully mapped image of the map, measure and info rows (1 with one round)
 """
 import json
 import os
@@ -29,6 +30,8 @@ import sys
 import tempfile
 import time
 
+import img_rows
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.path.join(ROOT, os.environ.get("BUILD", "build"))
 STRATA = os.environ.get("STRATA") or os.path.join(BUILD, "src/strata")
@@ -41,11 +44,16 @@ SKIP_SLOW = os.environ.get("BENCH_SKIP_SLOW", "") not in ("", "0")
 os.environ["PATH"] += ":/sbin:/usr/sbin"
 os.environ.pop("STRATA_AIO", None)
 
-rows = []  # (work, strata, peers, ratio, reach)
+rows = []     # (work, strata, peers, ratio, reach)
+medians = {}  # work: {label: seconds}
 
 
 def note(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def wanted(*titles):
+    return not ONLY or any(ONLY in t for t in titles)
 
 
 # ---------------------------------------------------------------- measuring one command
@@ -118,7 +126,8 @@ def row(work, contenders, reach="", prepare=None, after=None, rounds=ROUNDS):
             peaks[label] = max(peaks[label], peak)
             if r < 5:
                 note("  %-28s %-28s %s" % (work, label, show(took)))
-    report(work, {k: statistics.median(v) for k, v in times.items() if v}, failed, reach)
+    medians[work] = {k: statistics.median(v) for k, v in times.items() if v}
+    report(work, medians[work], failed, reach)
     return peaks
 
 
@@ -247,7 +256,7 @@ def conversions(d, raw, qcow2):
     convert("convert -c (zlib)", raw, "qcow2", ["-c"], reach="6 x qemu-img's default", sized=True)
     convert("convert -c (zstd)", raw, "qcow2", ["-c", "-o", "compression_type=zstd"],
             reach="1.3 x -m 16", sized=True, slow=False)
-    if not ONLY or ONLY in "convert zlib qcow2 to raw":
+    if wanted("convert zlib qcow2 to raw"):
         zlib = os.path.join(d, "zlib.qcow2")
         subprocess.run(["qemu-img", "convert", "-c", "-W", "-m", "16", "-O", "qcow2", raw, zlib],
                        check=True)
@@ -371,7 +380,7 @@ def nbd_rows(d, raw, qcow2):
                                     ("qemu-nbd -s", qemu_nbd("io_uring", "raw", work_raw, "-s")),
                                     ("nbdkit cow", ["nbdkit", "-f", "-U", "SOCK", "--filter=cow",
                                                     "file", work_raw])])]
-    for group, source, copy, servers in groups:
+    for group, source, copy, servers in groups[::-1]:
         if ONLY and not any(ONLY in "NBD %s, %s" % (group, name) for name, _ in loads):
             continue
         shutil.copyfile(source, copy)
@@ -491,11 +500,12 @@ def main():
     d = tempfile.mkdtemp(prefix="strata-bench.", dir=os.environ.get("BENCH_DIR", "/var/tmp"))
     try:
         raw, qcow2 = make_input(d)
+        serve_ready(d, qcow2)
+        serve_memory(d)
         conversions(d, raw, qcow2)
         metadata(d)
         snapshots(d)
-        serve_ready(d, qcow2)
-        serve_memory(d)
+        img_rows.add(sys.modules[__name__], d, raw, qcow2)
         nbd_rows(d, raw, qcow2)
     finally:
         shutil.rmtree(d, ignore_errors=True)

@@ -104,6 +104,7 @@ static int write_base_co(struct node *overlay, struct node *base, const struct c
     o.layers = layers == 1 ? 0 : layers;
     o.target_is_zero = false;
     o.compress = false;
+    o.stable = true;
     if (!o.sparse_bytes)
         o.sparse_bytes = 4096;
 

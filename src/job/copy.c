@@ -64,6 +64,10 @@ void copy_turn_pass(struct copy_worker *k) {
     waitq_wake_all(&j->turns);
 }
 
+static bool is_direct(struct node *n) {
+    return node_storage(n)->flags & NODE_DIRECT;
+}
+
 /* ---------------------------------------------------------------- zeros */
 
 static bool block_is_candidate(const uint8_t *p, size_t len) {
@@ -194,12 +198,25 @@ static int write_part_co(struct copy_worker *k, size_t from, size_t to) {
     struct copy_job *j = k->job;
     uint64_t at = j->dst_offset + k->w.offset + from;
     struct iovec v = {k->buf + from, to - from};
-    if (j->one_writer)
-        task_mutex_lock_co(&j->writer);
     int r = disk_pwritev_co(j->dst, at, to - from, &v, 1, j->write_flags);
-    if (j->one_writer)
-        task_mutex_unlock(&j->writer);
+    if (!r && j->opts->stable && !is_direct(j->dst))
+        copy_writeback_later(j, to - from);
     return r < 0 ? copy_fail(j, r, "writing to", j->dst, at) : 0;
+}
+
+static void writeback_task(void *arg) {
+    struct copy_job *j = arg;
+    disk_writeback_co(j->dst);
+    j->syncing = false;
+}
+
+void copy_writeback_later(struct copy_job *j, uint64_t length) {
+    j->unsynced += length;
+    if (j->unsynced < COPY_WRITEBACK || j->syncing)
+        return;
+    j->unsynced = 0;
+    j->syncing = true;
+    task_group_spawn(j->group, loop_self(), writeback_task, j);
 }
 
 /* Runs of blocks that are alike become one request each. */
@@ -340,10 +357,6 @@ static void worker_task(void *arg) {
 
 /* ---------------------------------------------------------------- the job */
 
-static bool is_direct(struct node *n) {
-    return node_storage(n)->flags & NODE_DIRECT;
-}
-
 static void plan(struct copy_job *j) {
     const struct copy_opts *o = j->opts;
     /* A unit larger than a window is written by several: the first makes its room. */
@@ -364,9 +377,9 @@ static void plan(struct copy_job *j) {
         node_storage(j->src)->storage_flags & node_storage(j->dst)->storage_flags & STORAGE_SHARES;
     j->clone = may_share && j->block ? CLONE_UNTRIED : CLONE_NO;
     unsigned flags = node_storage(j->dst)->storage_flags;
-    j->one_writer = flags & STORAGE_IN_MEMORY;
-    j->ahead = o->target_is_zero && gran == 1 && j->block && !j->one_writer &&
-               flags & STORAGE_ZERO_INIT; /* not a device: its room is there */
+    /* Not a device, whose room is there, and not memory, which would be written twice. */
+    j->ahead = o->target_is_zero && gran == 1 && j->block && flags & STORAGE_ZERO_INIT &&
+               !(flags & STORAGE_IN_MEMORY);
 }
 
 static unsigned worker_count(const struct copy_job *j) {
@@ -451,7 +464,6 @@ int copy_run_co(struct node *src, struct node *dst, uint64_t length, uint64_t ds
     if (r < 0 || !length)
         return r;
     task_mutex_init(&j.walk);
-    task_mutex_init(&j.writer);
     waitq_init(&j.turns);
     plan(&j);
     if (opts->progress) {

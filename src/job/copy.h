@@ -29,6 +29,7 @@ struct copy_opts {
     bool target_is_zero;   /* target reads as zeros: zero runs need no write */
     bool top_only;         /* copy only what the top layer of the source holds (commit) */
     unsigned layers;       /* the same for this many top layers; 0: says top_only */
+    bool stable;           /* the caller flushes the target afterwards: begin early */
     bool salvage;          /* unreadable ranges become zeros, reported */
     uint64_t rate_bytes;   /* per second; 0: unlimited */
     const bool *cancel;    /* looked at between chunks; NULL: never */

@@ -72,22 +72,6 @@ static int write_plain_co(struct copy_worker *k, const struct part *p) {
     return r < 0 ? copy_fail(j, r, "writing to", j->dst, p->at) : 0;
 }
 
-static void writeback_task(void *arg) {
-    struct copy_job *j = arg;
-    disk_writeback_co(j->dst);
-    j->syncing = false;
-}
-
-/* Compressing keeps the processors busy and the disk idle: it gets its part now, not at the end. */
-static void writeback_later(struct copy_job *j, uint64_t length) {
-    j->unsynced += length;
-    if (j->unsynced < COPY_WRITEBACK || j->syncing)
-        return;
-    j->unsynced = 0;
-    j->syncing = true;
-    task_group_spawn(j->group, loop_self(), writeback_task, j);
-}
-
 static int write_units_co(struct copy_worker *k) {
     struct copy_job *j = k->job;
     struct part p;
@@ -103,10 +87,10 @@ static int write_units_co(struct copy_worker *k) {
                 r = write_plain_co(k, &p);
             else if (r < 0)
                 copy_fail(j, r, "writing to", j->dst, p.at);
-            writeback_later(j, coded);
+            copy_writeback_later(j, coded);
         } else if (coded == -ENOSPC) {
             r = write_plain_co(k, &p);
-            writeback_later(j, p.length);
+            copy_writeback_later(j, p.length);
         } else {
             r = copy_fail(j, coded, "compressing for", j->dst, p.at);
         }

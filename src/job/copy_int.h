@@ -33,7 +33,7 @@ enum {
     COPY_HOLES_MAX = 32,      /* known zero runs inside one window */
     COPY_BLOCKS_MAX = COPY_CHUNK_MAX / COPY_BLOCK_MIN,
     COPY_WORKERS_MAX = 16,
-    COPY_WRITEBACK = 32 << 20, /* code between two requests to write it back */
+    COPY_WRITEBACK = 32 << 20, /* bytes between two requests to write them back */
 };
 
 enum copy_kind {
@@ -80,13 +80,6 @@ struct copy_job {
     uint64_t next_ticket, turn;
     struct waitq turns;
 
-    /*
-     * A target in memory: a file system locks the file for a write, and here a write is nothing but
-     * a copy, so a second writer would only spin; a processor better reads meanwhile.
-     */
-    bool one_writer;
-    struct task_mutex writer;
-
     enum copy_clone clone;
 
     /* room allocated ahead in a sparse target, and the zeros found in it (copy_punch.c) */
@@ -95,8 +88,8 @@ struct copy_job {
     struct copy_range *punch;
     unsigned punches;
 
-    /* compressing: the disk works while the processors do (copy_coded.c) */
-    uint64_t unsynced; /* bytes of code since the last write-back began */
+    /* compressing, and where a flush follows: the disk works while the processors do */
+    uint64_t unsynced; /* bytes since the last write-back began */
     bool syncing;
     struct task_group *group; /* of the workers, and of whatever they start */
 
@@ -141,6 +134,9 @@ void copy_scan(const uint8_t *buf, uint64_t at, size_t len, uint32_t block,
                struct copy_zero_map *map);
 /* Zeros found or known in the target's range. */
 int copy_zero_co(struct copy_job *j, uint64_t at, uint64_t length);
+
+/* The target's disk gets its part now, not when the flush comes. */
+void copy_writeback_later(struct copy_job *j, uint64_t length);
 
 /* ---- copy_walk.c ---- */
 /* Next window; false at the end, after an error, or when cancelled. */

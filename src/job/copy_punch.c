@@ -12,7 +12,8 @@
  * would stop the pipeline).  When the source is so full of zeros that the list overflows,
  * allocating ahead stops and the ranges on the list still come back.
  *
- * Not in memory (tmpfs): there fallocate clears each page, which the write would have filled anyway.
+ * Not in memory (tmpfs): there fallocate clears each page, which the write would have filled
+ * anyway.
  *
  * All of this only decides where holes are, never what is read back: failures are ignored.
  */
