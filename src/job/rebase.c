@@ -37,7 +37,7 @@
 #include "runtime/loop.h"
 #include "runtime/task.h"
 
-enum { CHUNK = 1 << 20, WORKERS = 8 };
+enum { CHUNK = 1 << 20, WORKERS = 8, WRITEBACK = 32 << 20 };
 static const uint64_t STATUS_MAX = (uint64_t)1 << 32;
 static const uint64_t ZERO_WINDOW_MAX = (uint64_t)1 << 30;
 static const int64_t PROGRESS_INTERVAL_NS = 100 * 1000 * 1000;
@@ -73,6 +73,11 @@ struct rebase {
     uint64_t tickets, turn;
     struct waitq turns;
     int64_t progress_ns;
+
+    /* A flush comes at the end: the disk begins before. */
+    uint64_t unsynced;
+    bool syncing;
+    struct task_group *group;
 };
 
 struct worker {
@@ -305,6 +310,21 @@ static int put_zeros_co(struct worker *w, uint64_t offset, uint64_t length, uint
     return rc;
 }
 
+static void writeback_task(void *arg) {
+    struct rebase *r = arg;
+    disk_writeback_co(r->image);
+    r->syncing = false;
+}
+
+static void writeback_later(struct rebase *r, uint64_t length) {
+    r->unsynced += length;
+    if (r->unsynced < WRITEBACK || r->syncing)
+        return;
+    r->unsynced = 0;
+    r->syncing = true;
+    task_group_spawn(r->group, loop_self(), writeback_task, r);
+}
+
 static int write_run_co(struct worker *w, uint64_t from, uint64_t to, bool zero) {
     struct rebase *r = w->r;
     struct iovec v = {w->old + from, to - from};
@@ -320,6 +340,8 @@ static int write_run_co(struct worker *w, uint64_t from, uint64_t to, bool zero)
         rc = write_coded_co(w, from, to);
     else
         rc = disk_pwritev_co(r->image, w->offset + from, to - from, &v, 1, IO_BULK);
+    if (!rc && !zero)
+        writeback_later(r, to - from);
     return rc < 0 ? fail(r, rc, "writing to", r->image, w->offset + from) : 0;
 }
 
@@ -399,6 +421,7 @@ static int run_workers_co(struct rebase *r) {
         return err_set(r->e, ENOMEM, "no memory for buffers of %" PRIu64 " bytes", r->chunk);
     struct task_group group;
     task_group_init(&group);
+    r->group = &group;
     for (unsigned i = 0; i < n; i++)
         task_group_spawn(&group, loop_self(), worker_task, &w[i]);
     task_group_wait_co(&group);
