@@ -40,6 +40,7 @@ static const struct workload *const sets[] = {
     repair_workloads,
     bitmap_workloads,
     snapshot_workloads,
+    apart_workloads,
     format_workloads,
 };
 

@@ -11,6 +11,7 @@ extern const struct workload amend_workloads[]; /* amend.c: options changed in u
 extern const struct workload repair_workloads[]; /* repair.c: damage, and its repair */
 extern const struct workload bitmap_workloads[]; /* bitmap.c: dirty bitmaps */
 extern const struct workload snapshot_workloads[]; /* snapshot.c: internal snapshots */
+extern const struct workload apart_workloads[]; /* apart.c: subclusters, external data files */
 extern const struct workload format_workloads[]; /* formats.c: the formats but qcow2 */
 
 #endif

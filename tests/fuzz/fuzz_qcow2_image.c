@@ -29,12 +29,22 @@ struct input {
     size_t size;
 };
 
+/* An external data file, empty at each open, for an image that wants one. */
+static json_t *data_option_co(struct node *file) {
+    uint8_t features[8] = {0};
+    if (file->size < 80 || disk_pread_co(file, 72, features, 8) < 0 || !(features[7] & 4))
+        return NULL;
+    return json_pack("{s:{s:s, s:i}}", "data-file", "driver", "memory", "size", 1 << 16);
+}
+
 static struct node *open_co(struct node *file, unsigned flags) {
     const struct driver *drv = driver_find("qcow2");
     struct open_req req = {.flags = flags | OPEN_NO_BACKING, .cache = CACHE_WRITEBACK};
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n = NULL;
-    int r = node_open_on_co(node_ref(file), drv, NULL, &req, &n, &e);
+    json_t *options = data_option_co(file);
+    int r = node_open_on_co(node_ref(file), drv, options, &req, &n, &e);
+    json_decref(options);
     if (r == 0)
         return n;
     FUZZ_CHECK(e.code == -r && e.text && *e.text, "open failed with %d and error %d '%s'", r,
@@ -109,6 +119,8 @@ static void write_coded_co(struct node *n, struct prog *g, uint64_t at) {
     if (unit > OP_BYTES_MAX || at >= n->size)
         return;
     memset(buf, prog_u8(g), unit);
+    if (!n->codec) /* an external data file */
+        return;
     ssize_t len = n->codec->encode(buf, unit, back, unit);
     if (len > 0)
         disk_write_coded_co(n, at, back, (uint32_t)len);

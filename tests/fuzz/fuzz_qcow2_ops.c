@@ -37,16 +37,16 @@ static struct node *open_co(struct disk *d, unsigned flags) {
 static bool create_co(struct disk *d, struct prog *g) {
     static const char *const codings[] = {"zlib", "zstd"};
     unsigned bits = 9 + prog_u8(g) % 8, flags = prog_u8(g);
-    bool v2 = flags & 1, base = flags & 4;
+    bool v2 = flags & 1, base = flags & 4, extended = flags & 128 && bits >= 14 && !v2;
     unsigned order = v2 ? 4 : prog_u8(g) % 7;
     d->size = prog_u32(g) % DISK_MAX / 512 * 512;
     uint64_t room = flags & 8 ? 4 * KIB + prog_u16(g) * UINT64_C(16) : ROOM;
     static const char *const prealloc[] = {"off", "metadata"};
-    json_t *o =
-        json_pack("{s:s, s:I, s:I, s:s, s:I, s:s}", "compat", v2 ? "0.10" : "1.1", "cluster_size",
-                  (json_int_t)(1u << bits), "refcount_bits", (json_int_t)(1u << order),
-                  "compression_type", codings[!v2 && flags & 2], "size", (json_int_t)d->size,
-                  "preallocation", prealloc[!base && flags & 16]);
+    json_t *o = json_pack("{s:s, s:b, s:I, s:I, s:s, s:I, s:s}", "compat", v2 ? "0.10" : "1.1",
+                          "extended_l2", extended, "cluster_size", (json_int_t)(1u << bits),
+                          "refcount_bits", (json_int_t)(1u << order), "compression_type",
+                          codings[!v2 && flags & 2], "size", (json_int_t)d->size, "preallocation",
+                          prealloc[!base && flags & 16]);
     struct err e AUTO_ERR = ERR_INIT;
     d->file = fuzz_memory_co(room);
     int r = format_create_co(d->file, driver_find("qcow2"), o, &e);

@@ -42,6 +42,15 @@ IMAGES = {
     "c64k": ("cluster_size=64k", "1G", ["write -P 4 0 8", "write -z 1M 128k"]),
     "c64k-r8": ("cluster_size=64k,refcount_bits=8", "100M", ["write -c -P 4 0 64k"]),
     "c2m": ("cluster_size=2M", "1T", []),
+    "c16k-extended": ("cluster_size=16k,extended_l2=on", "1M", [
+        "write -P 1 0 20k", "write -z 2k 1k", "discard 4k 512", "write -c -P 7 32k 16k", "write -P 2 33k 1k"]),
+    "c64k-extended": ("extended_l2=on,refcount_bits=8", "4M", ["write -P 3 1M 3k", "write -z 64k 2k"]),
+    "c16k-extended-room": ("cluster_size=16k,extended_l2=on,preallocation=metadata", "256k", [
+        "write -P 1 3k 1k"]),
+    # Their data file is not there when they are read: what is looked at is header and tables.
+    "c4k-data": ("cluster_size=4k,data_file=data", "256k", ["write -P 1 4k 8k", "write -z 8k 4k"]),
+    "c4k-data-raw": ("cluster_size=4k,data_file=data,data_file_raw=on", "256k", ["write -P 1 4k 8k"]),
+    "c16k-data-extended": ("cluster_size=16k,data_file=data,extended_l2=on", "256k", ["write -P 1 512 9k"]),
     "empty": ("cluster_size=512", "0", []),
 }
 
@@ -99,7 +108,7 @@ def make_peer_images(rng):
 
 def make_ops(rng):
     for bits in range(8):
-        for flags in (0, 1, 2, 4, 8, 16, 36, 64 + 4, 8 + 4):
+        for flags in (0, 1, 2, 4, 8, 16, 36, 64 + 4, 8 + 4) + ((128, 132, 148, 192) if bits > 4 else ()):
             order = b"" if flags & 1 else bytes([rng.randrange(7)])
             head = bytes([bits, flags]) + order + struct.pack(">I", rng.randrange(1 << 19))
             yield f"{bits}-{flags}", head + rng.randbytes(rng.randrange(50, 500))

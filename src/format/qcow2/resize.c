@@ -203,6 +203,9 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
         uint64_t from = align_up(old, s->cluster_size);
         if (from < size)
             r = qcow2_preallocate_co(n, from, size - from, prealloc, e);
+        /* Written in place from now on: a cut must not show the guest a hole and others the data. */
+        if (!r && qcow2_data_raw(s) && (r = qcow2_writeback_all_co(s)) < 0)
+            err_errno(e, -r, "writing the new mappings");
     }
     return r;
 }
