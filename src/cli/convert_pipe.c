@@ -176,6 +176,8 @@ static int make_image_co(struct convert *c) {
     struct node *file = NULL;
     json_t *options = NULL;
     int r = convert_create_options(c, &options);
+    if (!r && json_object_get(options, "data_file"))
+        r = err_set(e, EINVAL, "a stream is one file: data_file does not go with standard output");
     if (!r)
         r = scratch_co(c, &file);
     if (!r)

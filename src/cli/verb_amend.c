@@ -24,6 +24,7 @@ struct args {
 static const struct cli_opt opts[] = {
     CLI_FORMAT_ROW(struct args, image.format),
     CLI_IMAGE_OPTS_ROW(struct args, image.image_opts),
+    CLI_TRUST_ROW(struct args, image.trust),
     CLI_CACHE_ROW(struct args, image.cache, 't', "cache", CACHE_WRITEBACK),
     CLI_LIST(struct args, options, 'o', "options", "KEY=VALUE,...",
              "what to change; -o help lists what the format can"),
@@ -84,6 +85,15 @@ static int amend_node_co(struct verb_ctx *ctx, struct node *n) {
     return rc;
 }
 
+static bool changes_size(struct verb_ctx *ctx) {
+    json_t *tree = NULL;
+    bool found = cli_options(ctx, &((const struct args *)ctx->args)->options, &tree) == 0 &&
+                 json_object_get(tree, "size");
+    err_clear(&ctx->err); /* of options that cannot be read there is more to say later */
+    json_decref(tree);
+    return found;
+}
+
 static int amend_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     bool help = cli_options_want_help(&a->options);
@@ -102,7 +112,10 @@ static int amend_run_co(struct verb_ctx *ctx) {
                                            "arguments are missing: amend takes "
                                            "FILE");
     struct node *n;
-    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, OPEN_NO_BACKING | (help ? 0 : OPEN_RW), &n);
+    unsigned flags = OPEN_NO_BACKING | (help ? 0 : OPEN_RW);
+    /* Only a new size reaches an external data file; whose name may be what is wrong. */
+    int rc = cli_open_co(ctx, ctx->pos[0], &a->image,
+                         changes_size(ctx) ? flags : flags | OPEN_NO_DATA, &n);
     if (rc < 0)
         return rc;
     rc = amend_node_co(ctx, n);

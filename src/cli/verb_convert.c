@@ -182,8 +182,7 @@ static bool same_file(const struct stat *st, const char *name) {
 }
 
 /* Refuses a target that one of the sources, or a layer below one, lies in. */
-static int check_not_source(struct convert *c) {
-    const char *name = c->target_name;
+static int check_not_source(struct convert *c, const char *name) {
     struct stat st;
     if (!strncmp(name, "file:", 5))
         name += 5;
@@ -191,13 +190,22 @@ static int check_not_source(struct convert *c) {
         return 0;
     for (int i = 0; i < c->src_n; i++) {
         for (struct node *l = c->src[i]; l; l = l->backing) {
-            struct node *s = node_storage(l);
-            if (s->filename && same_file(&st, s->filename))
+            struct node *s = node_storage(l), *data = node_data_storage(l);
+            if ((s->filename && same_file(&st, s->filename)) ||
+                (data->filename && same_file(&st, data->filename)))
                 return err_set(&c->ctx->err, EINVAL, "%s is %s of %s and would be overwritten",
                                name, l == c->src[i] ? "the file" : "a backing file", c->names[i]);
         }
     }
     return 0;
+}
+
+/* The data file of a new target is made new, too. */
+static int check_data_file(struct convert *c, const json_t *options) {
+    const char *claimed = json_string_value(json_object_get(options, "data_file"));
+    struct err why AUTO_ERR = ERR_INIT;
+    char *name AUTO_FREE = claimed ? data_file_resolve(c->target_name, claimed, &why) : NULL;
+    return name ? check_not_source(c, name) : 0;
 }
 
 /* ---------------------------------------------------------------- target */
@@ -282,6 +290,8 @@ static int create_target_co(struct convert *c) {
     int r = create_check_target_co(c->target_name, &device, e);
     if (r == 0)
         r = convert_create_options(c, &options);
+    if (r == 0 && (r = check_data_file(c, options)) < 0)
+        json_decref(options);
     if (r < 0)
         return err_prefix(e, "%s", c->target_name);
 
@@ -421,7 +431,7 @@ static int convert_co(struct convert *c, int sources) {
     if (r == 0 && c->a->bitmaps)
         r = convert_bitmaps_check(c->ctx, c->src[0], c->a->skip_broken_bitmaps);
     if (r == 0)
-        r = check_not_source(c);
+        r = check_not_source(c, c->target_name);
     if (r == 0)
         r = c->a->no_create ? open_target_co(c) : create_target_co(c);
     if (r == 0)

@@ -557,8 +557,16 @@ static int claimed_data_co(struct node *n, struct open_ctx *ctx, json_t **out, s
         return -EINVAL;
     }
     AUTO_FREE char *resolved = data_file_resolve(n->filename, n->data_name, e);
+    struct stat st;
     if (!resolved)
         return -e->code;
+    /* QEMU takes a relative name from where it runs.  With every name allowed, so does this where
+     * nothing is beside the image. */
+    if (ctx->req->gate == GATE_ANY && stat(resolved, &st) < 0 && errno == ENOENT &&
+        stat(n->data_name, &st) == 0) {
+        free(resolved);
+        resolved = xstrdup(n->data_name);
+    }
     int r = gate_check(ctx->req->gate, n->filename, resolved, n->data_name, e);
     if (r < 0)
         return r;

@@ -231,6 +231,17 @@ def test_a_relative_name_lies_beside_the_image(run, strata, tmp_path):
     assert (tmp_path / "in/d").read_bytes()[:4096] == b"\1" * 4096
 
 
+def test_the_drop_in_name_finds_a_relative_data_file_where_qemu_does(run, peer, qemu_img, tmp_path):
+    (tmp_path / "in").mkdir()
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=d", "in/a.qcow2", "1M",
+         cwd=tmp_path)
+    assert (tmp_path / "d").exists()
+    args = ["convert", "-O", "raw", "in/a.qcow2", "out"]
+    p = subprocess.run([tmp_path / "bin/qemu-img", *args], cwd=tmp_path, capture_output=True)
+    assert p.returncode == 0, p.stderr
+    run(*args, status=1, cwd=tmp_path)
+
+
 def test_a_missing_data_file_changes_nothing(run, tmp_path):
     image = create(run, tmp_path)
     Qcow2(image).set64(88, 1 << 5)  # an autoclear bit that a writer would clear
@@ -294,6 +305,41 @@ def test_there_is_no_compression(run, peer, tmp_path):
             status=1)
     assert "data file" in p.stderr
     assert not (tmp_path / "c.q").exists()
+    clean(run, peer, image)
+
+
+def test_there_are_no_snapshots(run, peer, tmp_path):
+    image = create(run, tmp_path, "1M")
+    p = run("snapshot", "-c", "s", image, status=1)
+    assert "external data file" in p.stderr
+    clean(run, peer, image)
+
+
+def test_a_copy_does_not_overwrite_what_it_reads(run, tmp_path):
+    image = create(run, tmp_path, "1M")
+    io(run, image, "write -P 1 0 1M")
+    raw = tmp_path / "r.raw"
+    raw.write_bytes(b"r" * M)
+    for args in (["-O", "raw", image, tmp_path / "data"],
+                 ["-O", "qcow2", "-o", f"data_file={raw}", raw, tmp_path / "b"],
+                 ["-O", "qcow2", "-o", "data_file=data", image, tmp_path / "b"]):
+        p = run("convert", *args, status=1)
+        assert "would be overwritten" in p.stderr
+    p = run("convert", "-O", "qcow2", "-o", "data_file=d", image, "-", status=1)
+    assert "a stream is one file" in p.stderr
+    assert raw.read_bytes() == b"r" * M and (tmp_path / "data").read_bytes() == b"\1" * M
+
+
+def test_the_recorded_name_is_amended_without_the_file(run, peer, tmp_path):
+    image = create(run, tmp_path, "1M")
+    io(run, image, "write -P 1 0 1M")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    run("amend", "-o", f"data_file={tmp_path}/moved", image)
+    io(run, image, "read -P 1 0 1M")
+    run("amend", "-o", "size=2M", image)
+    assert (tmp_path / "moved").stat().st_size == 2 * M
+    p = run("amend", "-o", "compat=0.10", image, status=1)
+    assert "external data file" in p.stderr
     clean(run, peer, image)
 
 

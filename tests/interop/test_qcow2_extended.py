@@ -6,6 +6,7 @@ Random operations are in test_qcow2_model.py; here each rule by itself.
 import json
 import os
 import random
+import subprocess
 import sys
 
 import pytest
@@ -213,6 +214,34 @@ def test_snapshots_of_qemu_img_stay_as_they_were(run, peer, tmp_path):
     peer("qemu-img", "snapshot", "-a", "s", image)
     io(run, image, "read -P 1 0 300k", "read -P 0 300k 724k")
     clean(run, peer, image)
+
+
+def test_snapshots_of_ours_keep_subclusters(run, peer, tmp_path):
+    image = tmp_path / "a.qcow2"
+    create(run, image, "8M", "cluster_size=16k")
+    io(run, image, "write -P 1 0 300k", "write -z 3k 5k", "write -c -P 4 1M 16k")
+    run("snapshot", "-c", "one", image)
+    io(run, image, "write -P 2 1k 1k", "write -P 2 66k 500", "write -z 128k 2k", "write -P 9 1M 512")
+    clean(run, peer, image)
+    run("snapshot", "-c", "two", image)
+    run("snapshot", "-a", "one", image)
+    peer_io(peer, image, "read -P 1 0 3k", "read -P 0 3k 5k", "read -P 1 8k 292k", "read -P 4 1M 16k")
+    run("snapshot", "-d", "one", image)
+    clean(run, peer, image)
+    peer("qemu-img", "snapshot", "-a", "two", image)
+    run("snapshot", "-d", "two", image)
+    clean(run, peer, image)
+    io(run, image, "read -P 2 1k 1k", "read -P 2 66k 500", "read -P 0 128k 2k", "read -P 9 1M 512")
+
+
+def test_a_stream_has_subclusters_too(strata, peer, tmp_path):
+    raw, image = tmp_path / "a.raw", tmp_path / "a.qcow2"
+    raw.write_bytes(bytes(M) + random.Random(1).randbytes(70000) + bytes(M // 2))
+    with open(image, "wb") as f:
+        subprocess.run([strata, "convert", "-O", "qcow2", "-o", "extended_l2=on", raw, "-"],
+                       stdout=f, check=True)
+    peer("qemu-img", "check", image)
+    peer("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, image)
 
 
 def test_commit_rebase_and_convert_go_over_subclusters(run, peer, tmp_path):

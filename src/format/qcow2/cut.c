@@ -109,7 +109,7 @@ int qcow2_empty_co(struct node *n, struct err *e) {
     int r = qcow2_data_raw(s) ? -ENOTSUP : qcow2_cut_co(s, 0);
     if (!r)
         r = qcow2_trim_file_co(s);
-    if (!r && qcow2_data_apart(s) && s->node->flags & NODE_UNMAP)
+    if (!r && qcow2_data_apart(s) && s->data && s->node->flags & NODE_UNMAP)
         disk_discard_co(s->data, 0, s->data->size); /* only a hint */
     return r < 0 ? err_errno(e, -r, "dropping the image's data") : 0;
 }

@@ -267,7 +267,7 @@ int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned fl
     struct qcow2 *s = qcow2_of(n);
     struct qcow2_slice *slice;
     uint32_t index;
-    int r = qcow2_make_room_co(s);
+    int r = s->data ? qcow2_make_room_co(s) : -EIO; /* the data file was left closed */
     if (!r)
         r = qcow2_l2_slice_writable_co(s, offset, &slice, &index);
     if (r < 0)

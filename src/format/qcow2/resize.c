@@ -110,6 +110,8 @@ static int grow_l1_co(struct qcow2 *s, uint32_t entries) {
 }
 
 int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, struct err *e) {
+    if (!s->data) /* left closed */
+        return err_set(e, EINVAL, "the data file changes its size too, and is not open");
     uint64_t entries = qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), size);
     if (entries > QCOW2_L1_BYTES_MAX / 8)
         return err_set(e, EFBIG,
@@ -203,7 +205,8 @@ int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) 
         uint64_t from = align_up(old, s->cluster_size);
         if (from < size)
             r = qcow2_preallocate_co(n, from, size - from, prealloc, e);
-        /* Written in place from now on: a cut must not show the guest a hole and others the data. */
+        /* Written in place from now on: a cut must not show the guest a hole and others the data.
+         */
         if (!r && qcow2_data_raw(s) && (r = qcow2_writeback_all_co(s)) < 0)
             err_errno(e, -r, "writing the new mappings");
     }

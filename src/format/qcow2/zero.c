@@ -203,7 +203,7 @@ static int change_range_co(struct qcow2 *s, const struct change *c, uint64_t off
 
 /* What lies in [offset, +length) of the data file is named by nothing any more. */
 static void data_drop_co(struct qcow2 *s, uint64_t offset, uint64_t length) {
-    if (qcow2_data_apart(s) && s->node->flags & NODE_UNMAP)
+    if (qcow2_data_apart(s) && s->data && s->node->flags & NODE_UNMAP)
         disk_discard_co(s->data, offset, length); /* only a hint */
 }
 
@@ -213,7 +213,7 @@ int qcow2_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned
     if (s->h.version < 3 && qcow2_has_backing(s))
         return -ENOTSUP;
     if (qcow2_data_raw(s)) {
-        int r = disk_zero_co(s->data, offset, length, zero_flags);
+        int r = !s->data ? -EIO : disk_zero_co(s->data, offset, length, zero_flags);
         if (r < 0 || !qcow2_has_backing(s))
             return r;
     }
