@@ -6,13 +6,19 @@
  * does not matter.  --backing-chain opens the whole chain through the gate.
  *
  * The keys of the JSON form are those of `qemu-img info --output=json`, so that scripts work with
- * both.  A format may put "dirty-flag" into what it describes; it is shown one level up.
+ * both; "problems" is ours: sentences about what is wrong.  A format may put "dirty-flag",
+ * "encrypted" and "problems" into what it describes; they are shown one level up.
+ *
+ * The image is opened to look (OPEN_LOOK): one that is damaged, encrypted, or uses what is not
+ * known here is described as far as its header goes.
  */
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 #include "base/size.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
+#include "cli/info.h"
 #include "cli/snapshots.h"
 #include "disk/io.h"
 #include "disk/node.h"
@@ -34,9 +40,11 @@ static char *full_backing_name(const struct node *n) {
 }
 
 static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
-    json_t *j = json_object();
+    json_t *j = json_object(), *children = info_children(n);
     if (snapshots->count)
         json_object_set_new(j, "snapshots", cli_snapshots_json(snapshots));
+    if (children)
+        json_object_set_new(j, "children", children);
     if (n->backing_format)
         json_object_set_new(j, "backing-filename-format", cli_json_name(n->backing_format));
     json_object_set_new(j, "virtual-size", json_integer((json_int_t)n->size));
@@ -49,8 +57,12 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
         json_object_set_new(j, "actual-size", json_integer(allocated));
     json_t *data = n->drv->format && n->drv->format->describe ? n->drv->format->describe(n) : NULL;
     json_t *dirty = json_incref(json_object_get(data, "dirty-flag"));
+    json_t *encrypted = json_incref(json_object_get(data, "encrypted"));
+    json_t *problems = info_problems(n, json_incref(json_object_get(data, "problems")));
     if (data) {
         json_object_del(data, "dirty-flag");
+        json_object_del(data, "encrypted");
+        json_object_del(data, "problems");
         json_object_set_new(j, "format-specific",
                             json_pack("{s:s, s:o}", "type", n->drv->name, "data", data));
     }
@@ -60,7 +72,12 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
             json_object_set_new(j, "full-backing-filename", cli_json_name(full));
         json_object_set_new(j, "backing-filename", cli_json_name(n->backing_name));
     }
+    if (encrypted)
+        json_object_set_new(j, "encrypted", encrypted);
     json_object_set_new(j, "dirty-flag", dirty ? dirty : json_false());
+    if (problems && !dialect_is_qemu())
+        json_object_set(j, "problems", problems);
+    json_decref(problems);
     return j;
 }
 
@@ -133,6 +150,8 @@ static void print_human(struct node *n, const json_t *j, const struct snapshot_l
         print_size("disk size", (uint64_t)json_integer_value(actual), false);
     else
         puts("disk size: unavailable");
+    if (json_is_true(json_object_get(j, "encrypted")))
+        puts("encrypted: yes");
     if (n->granularity > 1)
         printf("cluster_size: %" PRIu32 "\n", n->granularity);
     if (json_is_true(json_object_get(j, "dirty-flag")))
@@ -150,6 +169,20 @@ static void print_human(struct node *n, const json_t *j, const struct snapshot_l
     const char *key;
     json_t *value;
     json_object_foreach(data, key, value) print_value(key, value, 4);
+    info_print_children(n);
+    info_print_problems(json_object_get(j, "problems"));
+}
+
+/* Under the drop-in name an image that cannot be used is refused, but for an encrypted one. */
+static int open_co(struct verb_ctx *ctx, unsigned flags, struct node **out) {
+    const struct args *a = ctx->args;
+    bool look = !dialect_is_qemu();
+    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, flags | (look ? OPEN_LOOK : 0), out);
+    if (rc == -ENOTSUP && !look && strstr(err_text(&ctx->err), "encryption")) {
+        err_clear(&ctx->err);
+        rc = cli_open_co(ctx, ctx->pos[0], &a->image, flags | OPEN_LOOK, out);
+    }
+    return rc;
 }
 
 /* A damaged table is no reason to show nothing else. */
@@ -163,7 +196,7 @@ static int info_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     struct node *top;
     unsigned flags = OPEN_NO_DATA | (a->chain ? 0 : OPEN_NO_BACKING);
-    int rc = cli_open_co(ctx, ctx->pos[0], &a->image, flags, &top);
+    int rc = open_co(ctx, flags, &top);
     if (rc < 0)
         return rc;
     json_t *list = json_array();

@@ -55,6 +55,7 @@ enum node_flags {
     NODE_DETECT_UNMAP = 512,  /* detect-zeroes=unmap: and their room is given back */
     NODE_GUESSED = 1024,      /* nobody said the format and nothing matched: taken for raw */
     NODE_CHECK = 128, /* opened to be examined: formats open damaged images as far as they can */
+    NODE_LOOK = 4096, /* opened for describe() alone: also with features that we cannot use */
 };
 
 struct node {

@@ -610,6 +610,7 @@ static unsigned req_node_flags(const struct open_req *req) {
     f |= req->flags & OPEN_FORCE_SHARE ? NODE_FORCE_SHARE : 0;
     f |= req->flags & OPEN_UNMAP ? NODE_UNMAP : 0;
     f |= req->flags & OPEN_CHECK ? NODE_CHECK : 0;
+    f |= req->flags & OPEN_LOOK ? NODE_LOOK : 0;
     return f;
 }
 

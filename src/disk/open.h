@@ -41,7 +41,8 @@ enum open_flags {
     OPEN_CHECK = 8,        /* NODE_CHECK */
     OPEN_UNMAP = 16,       /* default of discard= is unmap */
     OPEN_SHARE_WRITE = 32, /* raw top-level: others may write too (qemu-io style) */
-    OPEN_NO_DATA = 64      /* leave an external data file closed: metadata is all that is asked */
+    OPEN_NO_DATA = 64,     /* leave an external data file closed: metadata is all that is asked */
+    OPEN_LOOK = 128        /* NODE_LOOK */
 };
 
 struct open_req {

@@ -27,6 +27,7 @@ def test_human(run, raw):
 def test_json_is_what_qemu_img_says(run, peer, raw):
     ours = json.loads(run("info", "--output=json", raw).stdout)
     theirs = json.loads(peer("qemu-img", "info", "--output=json", raw).stdout)
+    ours.pop("children")  # QEMU 8 and later have it
     assert ours == theirs
 
 

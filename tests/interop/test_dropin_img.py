@@ -27,6 +27,8 @@ NORMAL = [
     (r"^(\d+) +(\S+) +([\d.]+ \S+) .*$", r"\1 \2 \3 T", "the same; and time"),
     (r'"date-(n?)sec": \d+', r'"date-\1sec": N', "time"),
     (r'"icount": 0,\n +', "", "without a machine, 7.2 stores 0 and not \"unknown\""),
+    (r'^( *)"children": \[\n(\1 .*\n)*\1\],\n', "", "the same"),
+    (r"^Child node '/file':\n(    .*\n)*", "", "the same"),
 ]
 
 

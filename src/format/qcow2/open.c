@@ -265,11 +265,13 @@ static int open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     bool rw = node_is_rw(n), check = n->flags & NODE_CHECK;
+    bool look = n->flags & NODE_LOOK && !rw;
     int r = read_header_co(s, e);
     if (r < 0)
         return r;
     set_geometry(s);
-    r = qcow2_header_check_features(&s->h, rw, check, e);
+    if (!look)
+        r = qcow2_header_check_features(&s->h, rw, check, e);
     if (!r)
         r = open_data_co(n, ctx, e);
     if (!r)
@@ -291,6 +293,8 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         r = make_writable_co(s, e);
     if (r < 0 || rw)
         return r;
+    if (look)
+        qcow2_look_co(s);
     return check ? load_reftable_co(s, e) : 0;
 }
 
@@ -356,6 +360,7 @@ static void qcow2_close_co(struct node *n) {
     qcow2_bitmaps_close(s);
     free(s->l1_problem);
     free(s->reftable_problem);
+    free(s->luks);
     qcow2_header_free(&s->h);
     memset(s, 0, sizeof(*s));
 }

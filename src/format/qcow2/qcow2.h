@@ -104,6 +104,8 @@ struct qcow2 {
     /* NODE_CHECK opens only: why a table was not loaded (entries = 0 then); NULL: it was */
     char *l1_problem, *reftable_problem;
     char *bitmaps_problem; /* why a read-only image shows no bitmaps; NULL: it shows them */
+    uint8_t *luks;        /* NODE_LOOK: the LUKS header, QCOW2_LUKS_HEADER bytes; NULL: none */
+    uint64_t counted_end; /* NODE_LOOK: behind the last cluster that is counted; 0: not known */
 
     struct qcow2_cache cache;
 
@@ -397,7 +399,13 @@ int qcow2_bitmap_arm_co(struct node *n, struct err *e);
 int qcow2_bitmap_store_co(struct node *n, struct err *e);
 int qcow2_bitmap_remove_co(struct bitmap *b, struct err *e);
 
-/* ---- describe.c ---- */
+/* ---- describe.c, describe_luks.c, problems.c ---- */
 json_t *qcow2_describe(struct node *n);
+enum { QCOW2_LUKS_HEADER = 592 };
+void qcow2_describe_luks(const uint8_t *header, json_t *o);
+/* NODE_LOOK: reads what the two need; what cannot be had is left out. */
+void qcow2_look_co(struct qcow2 *s);
+/* What is wrong with the image, as far as that is known: an array of sentences. */
+json_t *qcow2_problems(const struct qcow2 *s);
 
 #endif
