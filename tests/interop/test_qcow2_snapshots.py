@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-TURNS = int(os.environ.get("STRATA_SNAPSHOT_TURNS", "8"))
+TURNS = int(os.environ.get("STRATA_SNAPSHOT_TURNS", "6"))
 KIB, MIB = 1 << 10, 1 << 20
 
 SHAPES = {

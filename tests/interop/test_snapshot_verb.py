@@ -291,6 +291,33 @@ def test_growing_does_not_show_vm_state_to_the_guest(run, peer, image):
     io(peer, path, "read -q -P 0 8M 100M", "read -q -P 0 510M 190M")
 
 
+def test_a_device_larger_than_the_image_is_not_outgrown(run, peer, image):
+    """On a block device the storage is longer than what is in use: new tables lie inside."""
+    path = image()
+    os.truncate(path, 3 << 30)
+    for i in range(3):
+        run("snapshot", "-c", f"s{i}", path)
+        io(peer, path, f"write -q -P {i + 1} {i}M 1M")
+        whole(run, peer, path)
+    run("snapshot", "-a", "s1", path)
+    run("snapshot", "-d", "s0", path)
+    whole(run, peer, path)
+    assert path.stat().st_size == 3 << 30
+    end = int(re.search(r"Image end offset: (\d+)", peer("qemu-img", "check", path).stdout)[1])
+    assert end < 16 * MIB
+
+
+def test_room_given_back_is_used_again(run, peer, image):
+    path = image()
+    sizes = []
+    for _ in range(12):
+        run("snapshot", "-c", "x", path)
+        run("snapshot", "-d", "x", path)
+        sizes.append(path.stat().st_size)
+    assert sizes[-1] <= max(sizes[:4])
+    whole(run, peer, path)
+
+
 # ---------------------------------------------------------------- tables that lie
 
 class Table:

@@ -70,12 +70,11 @@ static int sum(struct pass *p, uint64_t cluster, uint64_t old, uint64_t come, ui
     return 0;
 }
 
-/* What lies behind the end of the file is room anyway. */
+/* Only a cluster in use ends a run: what is free up to the end begins at t->end. */
 static int free_run_ends(struct pass *p, uint64_t cluster) {
     uint64_t from = p->free_from;
     p->free_from = UINT64_MAX;
-    cluster = min_u64(cluster, p->t->file_clusters - 1);
-    if (from >= cluster || cluster - from < p->run_min || p->t->free.count >= RUNS_MAX)
+    if (from == UINT64_MAX || cluster - from < p->run_min || p->t->free.count >= RUNS_MAX)
         return 0;
     return shift_runs_add(&p->t->free, from, cluster - from);
 }
@@ -240,14 +239,14 @@ static int look_co(struct pass *p, uint64_t bi, uint32_t n) {
 /* Names of clusters that no block counts. */
 static int check_uncounted(struct pass *p, uint64_t bi) {
     struct shift *t = p->t;
-    uint64_t first = bi << t->s->block_bits, n = (uint64_t)1 << t->s->block_bits;
-    for (uint64_t c = first; c < first + n && c < t->file_clusters; c++) {
-        uint64_t now;
-        int r = sum(p, c, 0, counts_get(&t->come, c), counts_get(&t->go, c), &now);
-        if (r < 0)
-            return r;
-    }
-    return 0;
+    uint64_t first = bi << t->s->block_bits, now;
+    uint64_t n = min_u64((uint64_t)1 << t->s->block_bits, t->file_clusters - first);
+    int r = 0;
+    if (counts_all_zero(&t->come, first, n) && counts_all_zero(&t->go, first, n))
+        return 0;
+    for (uint64_t c = first; !r && c < first + n; c++)
+        r = sum(p, c, 0, counts_get(&t->come, c), counts_get(&t->go, c), &now);
+    return r;
 }
 
 int shift_count_co(struct shift *t) {
@@ -257,7 +256,6 @@ int shift_count_co(struct shift *t) {
         max_u64(s->reftable_entries, div_up(t->file_clusters, (uint64_t)1 << s->block_bits));
     uint32_t max = SHIFT_BUF_BYTES >> s->cluster_bits;
     p.run_min = min_u64(RUN_CLUSTERS_MIN, max_u64(1, RUN_BYTES_MIN >> s->cluster_bits));
-    t->end = t->file_clusters - 1;
     t->needed = calloc(div_up(blocks, 64) + 1, 8);
     if (!t->needed)
         return err_set(t->e, ENOMEM, "no memory for the refcount table");
@@ -272,12 +270,10 @@ int shift_count_co(struct shift *t) {
             r = look_co(&p, bi, n);
         else if (!r && (bi << s->block_bits) < t->file_clusters)
             r = check_uncounted(&p, bi);
-        if (!r && !n) /* what no block counts would need a block first */
-            r = free_run_ends(&p, bi << s->block_bits);
+        if (!n) /* what no block counts would need a block first */
+            p.free_from = UINT64_MAX;
         bi += n ? n : 1;
     }
-    if (!r)
-        r = free_run_ends(&p, t->file_clusters - 1);
     return r == -ENOMEM && !t->e->code ? err_set(t->e, ENOMEM, "no memory for free clusters") : r;
 }
 
