@@ -158,7 +158,8 @@ def damaged(io, image, *commands):
     p = io(image, *commands, status=1)
     said = (p.stdout + p.stderr).count("Input/output error")
     assert said == len(commands), p.stdout + p.stderr
-    assert q.read(0, 4 * q.cluster) == tables
+    now = q.read(0, 4 * q.cluster)
+    assert now[:79] + tables[79:80] + now[80:] == tables, "nothing but the corrupt mark may change"
 
 
 def test_an_unaligned_l1_entry_is_an_io_error(image, io):

@@ -236,6 +236,26 @@ def test_data_in_one_cluster_get_clusters_of_their_own(run, peer, image):
     peer("qemu-io", "-f", "qcow2", "-c", "read -P 1 0 2M", image)
 
 
+def test_a_table_named_twice_becomes_two(run, peer, image):
+    q = wounded(image, "l1_twice")
+    assert q.l1(0) == q.l1(1)
+    run("check", "-r", "all", image)
+    q = damage.Patient(image)
+    hosts = [q.host(i) for i in q.data()]
+    assert q.l1(0) != q.l1(1) and len(set(hosts)) == len(hosts)
+    peer("qemu-io", "-f", "qcow2", "-c", "read -P 1 0 2M", "-c", "read -P 1 2M 2M", image)
+    run("io", "-c", "write -P 5 2M 64k", "-c", "read -P 1 0 2M", image)
+    run("check", image)
+
+
+def test_a_table_that_qemu_img_left_shared_may_be_written(run, peer, image):
+    q = wounded(image, "l1_twice")
+    peer("qemu-img", "check", "-r", "all", image)
+    run("io", "-c", "write -P 5 2M 64k", "-c", "read -P 1 0 2M", image)
+    run("io", "-c", "write -P 6 0 64k", "-c", "read -P 5 2M 64k", image)
+    run("check", "-r", "all", image)
+
+
 def test_data_in_a_table_are_copied_out(run, peer, image):
     q = wounded(image, "data_is_the_l1_table")
     i = [k for k in q.data() if q.host(k) == q.l1_offset][0]
@@ -355,6 +375,72 @@ def test_an_image_with_lazy_refcounts_is_never_dirty_here(strata, run, peer, tmp
     peer("qemu-io", "-f", "qcow2", "-c", "read -P 1 0 1M", path)
 
 
+# ---------------------------------------------------------------- the corrupt bit
+
+OVERLAPS = {
+    # wound: the guest cluster to write
+    "data_is_the_l1_table": lambda q: [k for k in q.data() if q.host(k) == q.l1_offset][0],
+    "data_is_an_l2_table": lambda q: [k for k in q.data() if q.host(k) == q.l1(0) & OFFSET][0],
+    "data_is_the_refblock": lambda q: [k for k in q.data() if q.host(k) == q.refblock(0)][0],
+    "data_is_the_reftable": lambda q: [k for k in q.data() if q.host(k) == q.reftable_offset][0],
+    "count_zero_of_l2": lambda q: 4000,
+    "count_zero_of_refblock": lambda q: 4000,
+    "count_zero_of_l1": lambda q: 4000,
+    "count_zero_of_reftable": lambda q: 4000,
+}
+
+
+@pytest.mark.parametrize("wound", OVERLAPS)
+def test_a_write_into_metadata_marks_the_image_corrupt(run, peer, image, wound):
+    q = wounded(image, wound)
+    at = OVERLAPS[wound](q) * 4096
+    tables = [q.read(x, q.cluster) for x in (q.l1_offset, q.l1(0) & OFFSET, q.reftable_offset)]
+    p = run("io", "-f", "qcow2", "-c", f"write -P 9 {at} 4k", "-c", "write -P 9 15M 4k",
+            "-c", "read -P 1 4k 4k", image, status=1)
+    assert "the image is damaged" in p.stderr and "check -r all" in p.stderr
+    assert (p.stdout + p.stderr).count("Input/output error") == 2, "both writes, and not the read"
+    assert q.get64(72) == 2
+    assert tables == [q.read(x, q.cluster) for x in (q.l1_offset, q.l1(0) & OFFSET,
+                                                     q.reftable_offset)]
+    assert json.loads(peer("qemu-img", "info", "--output=json", image).stdout)[
+        "format-specific"]["data"]["corrupt"] is True
+    p = run("io", "-c", "write 0 4k", image, status=1)
+    assert "marked corrupt" in p.stderr and "strata check -r all" in p.stderr
+    run("io", "-r", "-c", "read -P 1 4k 4k", image)
+    run("check", "-r", "all", image)
+    run("io", "-c", f"write -P 9 {at} 4k", "-c", f"read -P 9 {at} 4k", image)
+    peer("qemu-img", "check", image)
+
+
+def test_what_was_acknowledged_before_the_damage_was_met_is_kept(run, image):
+    q = wounded(image, "data_is_the_l1_table")
+    at = OVERLAPS["data_is_the_l1_table"](q) * 4096
+    run("io", "-f", "qcow2", "-c", "write -P 7 14M 64k", "-c", f"write -P 9 {at} 4k", image,
+        status=1)
+    run("io", "-r", "-c", "read -P 7 14M 64k", image)
+
+
+def test_version_2_has_no_mark_but_refuses_the_write(run, peer, tmp_path):
+    path = tmp_path / "a"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096,compat=0.10", path, "16M")
+    peer("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 2M", path)
+    q = wounded(path, "count_zero_of_l2")
+    before = q.read(q.l1(0) & OFFSET, 4096)
+    head = q.read(0, 4096)
+    run("io", "-f", "qcow2", "-c", "write -P 9 15M 4k", path, status=1)
+    assert q.read(q.l1(0) & OFFSET, 4096) == before and q.read(0, 4096) == head
+
+
+def test_overlap_checks_may_be_left_out_by_name(run, image):
+    for mode in ("none", "constant", "cached", "all"):
+        run("io", "-c", "write -P 1 0 64k",
+            "json:" + json.dumps({"driver": "qcow2", "overlap-check": mode,
+                                  "file": {"driver": "file", "filename": str(image)}}))
+    assert "overlap-check" in run("io", "-c", "read 0 1", "json:" + json.dumps(
+        {"driver": "qcow2", "overlap-check": "some",
+         "file": {"driver": "file", "filename": str(image)}}), status=1).stderr
+
+
 # ---------------------------------------------------------------- killed while it repairs
 
 def test_a_killed_repair_leaves_no_worse_an_image(strata, peer, tmp_path):
@@ -398,10 +484,11 @@ def test_random_damage_is_repaired_or_told(strata, run, tmp_path, image):
         shutil.copy(image, path)
         q = damage.Patient(path)
         places = [q.l1_offset, q.reftable_offset, q.refblock(0), q.l1(0) & OFFSET]
+        hosts = [q.host(i) for i in q.data()]
         for _ in range(rng.randrange(1, 5)):
             at = rng.choice(places) + 8 * rng.randrange(0, 64)
             q.set64(at, rng.choice([rng.getrandbits(64), q.get64(at) ^ 1 << rng.randrange(64),
-                                    COPIED | q.host(rng.choice(q.data())) if q.data() else 0]))
+                                    COPIED | hosts[rng.randrange(len(hosts))]]))
         status, counts, text, _ = look([strata], "-r", "all", path=path)
         assert status in (CLEAN, CORRUPT, FAILED, LEAKS), (seed, status, text[-500:])
         again = look([strata], path=path)

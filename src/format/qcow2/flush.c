@@ -32,6 +32,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -154,6 +155,19 @@ static int by_host(const void *a, const void *b) {
     return x->host < y->host ? -1 : x->host > y->host;
 }
 
+/* Each slice lies in a cluster that holds a table of its kind. */
+static int check_places(struct qcow2 *s, struct qcow2_slice *const *v, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        bool l2 = v[i]->kind == QCOW2_SLICE_L2;
+        if (qcow2_meta_is(s, v[i]->host, l2 ? QCOW2_META_L2 : QCOW2_META_REFBLOCK))
+            continue;
+        qcow2_corrupt(s, "%s is to be written at %" PRIu64 ", where it does not belong",
+                      l2 ? "an L2 table" : "a refcount block", v[i]->host);
+        return -EIO;
+    }
+    return 0;
+}
+
 /* Writes frozen slices, neighbours by one request. */
 static int write_slices_co(struct qcow2 *s, struct list *frozen) {
     size_t n = 0, i = 0;
@@ -165,7 +179,7 @@ static int write_slices_co(struct qcow2 *s, struct list *frozen) {
         return -ENOMEM;
     list_for_each(it, frozen) v[i++] = list_entry(it, struct qcow2_slice, frozen_link);
     qsort(v, n, sizeof(*v), by_host);
-    int r = 0;
+    int r = check_places(s, v, n);
     for (i = 0; !r && i < n;) {
         struct iovec iov[IOV_MAX_STRATA];
         int k = 0;
@@ -259,6 +273,8 @@ int qcow2_flush_co(struct node *n) {
             s->wb_done = mine;
     }
     task_mutex_unlock(&s->wb_lock);
+    if (s->corrupt)
+        qcow2_corrupt_store_co(s);
     return r;
 }
 
@@ -275,6 +291,8 @@ int qcow2_writeback_all_co(struct qcow2 *s) {
 }
 
 int qcow2_make_room_co(struct qcow2 *s) {
+    if (s->corrupt)
+        return qcow2_corrupt_store_co(s);
     if (qcow2_cache_crowded(&s->cache) || s->limbo.count > LIMBO_RUNS_MAX)
         return qcow2_flush_co(s->node);
     return 0;

@@ -19,6 +19,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -59,7 +60,7 @@ static struct qcow2_slice *fresh_slice(struct qcow2 *s, uint64_t cluster, uint32
  */
 static int install_blocks(struct qcow2 *s, uint64_t bi, uint64_t blocks, uint64_t clusters) {
     uint64_t first = bi << s->block_bits, host = first << s->cluster_bits;
-    int r = qcow2_meta_add(s, host, blocks << s->cluster_bits);
+    int r = qcow2_meta_add_kind(s, host, blocks << s->cluster_bits, QCOW2_META_REFBLOCK);
     qcow2_cache_forget(&s->cache, host, blocks << s->cluster_bits);
     for (uint64_t i = 0; i < blocks; i++)
         s->reftable[bi + i] = (first + i) << s->cluster_bits;
@@ -86,13 +87,16 @@ static int install_blocks(struct qcow2 *s, uint64_t bi, uint64_t blocks, uint64_
     return r;
 }
 
-static int check_free(const struct qcow2 *s, uint64_t cluster, uint64_t count) {
+static int check_free(struct qcow2 *s, uint64_t cluster, uint64_t count) {
     uint64_t limit = QCOW2_HOST_LIMIT >> s->cluster_bits;
     if (cluster >= limit || count > limit - cluster)
         return -EFBIG;
     for (uint64_t i = 0; i < count; i++)
-        if (qcow2_is_meta(s, (cluster + i) << s->cluster_bits))
-            return -EIO; /* in use though nothing counts it */
+        if (qcow2_is_meta(s, (cluster + i) << s->cluster_bits)) {
+            qcow2_corrupt(s, "the cluster at %" PRIu64 " holds metadata, and nothing counts it",
+                          (cluster + i) << s->cluster_bits);
+            return -EIO;
+        }
     return 0;
 }
 

@@ -225,6 +225,8 @@ int qcow2_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent
         run.watch = in_place && (s->usual || !qcow2_data_apart(s));
         if (run.watch && qcow2_is_meta(s, host))
             in_place = run.watch = false;
+        if (s->corrupt)
+            in_place = false;
         out->flags = in_place ? EXTENT_IN_PLACE : 0;
         break;
     }

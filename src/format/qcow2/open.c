@@ -30,8 +30,13 @@
 /* The header's first read: enough for all of it with the usual cluster size. */
 #define FIRST_READ ((uint32_t)(64 * KIB))
 
+/* The checks cost next to nothing, so every mode but "none" has all of them (meta.c). */
+enum { OVERLAP_NONE, OVERLAP_CONSTANT, OVERLAP_CACHED, OVERLAP_ALL };
+static const char *const overlap_names[] = {"none", "constant", "cached", "all", NULL};
+
 struct qcow2_open_opts {
     char *snapshot_id, *snapshot_name;
+    int overlap_check;
 };
 
 static const struct opt open_opts[] = {
@@ -42,6 +47,9 @@ static const struct opt open_opts[] = {
             "show the internal snapshot with this id, read-only"),
     OPT_STR(struct qcow2_open_opts, snapshot_name, "snapshot.name", OPT_OPEN,
             "show the internal snapshot with this name, read-only"),
+    OPT_ENUM(struct qcow2_open_opts, overlap_check, "overlap-check", OPT_OPEN, OVERLAP_CACHED,
+             overlap_names,
+             "before each write, whether it would hit metadata; \"none\" does not ask"),
     OPT_END,
 };
 
@@ -301,6 +309,7 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     s->node = n;
+    s->unchecked = ((struct qcow2_open_opts *)n->opts)->overlap_check == OVERLAP_NONE;
     task_mutex_init(&s->l2_lock);
     task_mutex_init(&s->coded_lock);
     task_mutex_init(&s->grow_lock);
@@ -343,11 +352,15 @@ static void pad_end_co(struct qcow2 *s) {
 
 static void qcow2_close_co(struct node *n) {
     struct qcow2 *s = qcow2_of(n);
+    if (!s->node) /* not even begun: its options were refused */
+        return;
     if (s->cache.hash && s->meta) { /* open for writing, and fully opened */
         struct err why AUTO_ERR = ERR_INIT;
         if (bitmap_store_co(n, &why) < 0)
             log_msg(LOG_LV_WARN, "%s: %s: its bitmaps are lost", n->filename, err_text(&why));
         qcow2_writeback_all_co(s); /* whoever must know the outcome has flushed before */
+        if (s->corrupt)
+            qcow2_corrupt_store_co(s);
         pad_end_co(s);
     }
     qcow2_limbo_free(&s->limbo);

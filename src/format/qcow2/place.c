@@ -26,6 +26,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 
 #include "base/bytes.h"
@@ -89,7 +90,7 @@ static int new_table_co(struct qcow2 *s, uint64_t i1) {
     else if (!virgin && !PLANTED(TABLE_NOT_ZEROED))
         r = disk_zero_co(s->file, host, s->cluster_size, 0);
     if (!r)
-        r = qcow2_meta_add(s, host, s->cluster_size);
+        r = qcow2_meta_add_kind(s, host, s->cluster_size, QCOW2_META_L2);
     qcow2_cache_forget(&s->cache, host, s->cluster_size);
     if (!r && !old) {
         /* Something of it is written in any case: no table lies wholly behind the file's end. */
@@ -245,6 +246,10 @@ static int place_plain_co(struct qcow2 *s, uint64_t offset, uint64_t length,
     uint64_t host = e.value & QCOW2_OFFSET_MASK, got = n;
     bool virgin = false;
     int r = n ? 0 : -EIO;
+    if (r && !is_bad(s, e, align_down(offset, s->cluster_size)))
+        qcow2_corrupt(
+            s, "guest offset %" PRIu64 " lies in the cluster at %" PRIu64 ", which holds metadata",
+            offset, host);
     if (!r && kind == FRESH && qcow2_data_apart(s)) {
         host = align_down(offset, s->cluster_size);
         virgin = host >= s->data->size && s->data->storage_flags & STORAGE_ZERO_INIT;
@@ -271,13 +276,13 @@ int qcow2_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned fl
     if (!r)
         r = qcow2_l2_slice_writable_co(s, offset, &slice, &index);
     if (r < 0)
-        return r;
+        return s->corrupt ? qcow2_corrupt_store_co(s) : r;
     qcow2_slice_pin(slice);
     r = flags & PLACE_CODED ? place_coded_co(s, offset, length, coded_length, slice, index, out)
                             : place_plain_co(s, offset, length, slice, index, out);
     if (r < 0)
         qcow2_slice_unpin(&s->cache, slice);
-    return r;
+    return r < 0 && s->corrupt ? qcow2_corrupt_store_co(s) : r;
 }
 
 /* ---------------------------------------------------------------- publish, abandon */

@@ -115,6 +115,7 @@ struct qcow2 {
      */
     uint64_t *meta;
     size_t meta_count, meta_mask;
+    bool unchecked; /* overlap-check=none: nobody asks the set */
 
     /* allocator */
     uint64_t free_cursor; /* no free cluster is known below */
@@ -225,9 +226,13 @@ void qcow2_meta_remove(struct qcow2 *s, uint64_t host, uint64_t length);
 /* Fills the set from header, tables and snapshots: before the first write. */
 int qcow2_meta_build_co(struct qcow2 *s, struct err *e);
 bool qcow2_meta_find(const struct qcow2 *s, uint64_t key);
+enum qcow2_meta_kind { QCOW2_META_OTHER, QCOW2_META_L2, QCOW2_META_REFBLOCK };
+int qcow2_meta_add_kind(struct qcow2 *s, uint64_t host, uint64_t length, enum qcow2_meta_kind kind);
+/* False: the cluster is known to hold something else, or nothing. */
+bool qcow2_meta_is(const struct qcow2 *s, uint64_t host, enum qcow2_meta_kind kind);
 /* Whether the cluster at `host` holds metadata. */
 static inline bool qcow2_is_meta(const struct qcow2 *s, uint64_t host) {
-    return s->meta && qcow2_meta_find(s, (host >> s->cluster_bits) + 1);
+    return s->meta && !s->unchecked && qcow2_meta_find(s, (host >> s->cluster_bits) + 1);
 }
 
 /* ---- map.c ---- */

@@ -21,6 +21,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 
 #include "base/bytes.h"
@@ -74,10 +75,24 @@ static bool claim(struct qcow2 *s, uint64_t cluster, struct qcow2_slice *slice, 
     return true;
 }
 
+/* By its count, that is. */
+static int metadata_is_free(struct qcow2 *s, uint64_t cluster) {
+    qcow2_corrupt(s,
+                  "the cluster at %" PRIu64 " holds metadata, and is free by its reference count",
+                  cluster << s->cluster_bits);
+    return -EIO;
+}
+
 static void drop_one(struct qcow2 *s, uint64_t cluster, struct qcow2_slice *slice, uint32_t index) {
     uint64_t count = qcow2_refcount_get(slice->data, index, s->refcount_order);
-    if (!count || qcow2_is_meta(s, cluster << s->cluster_bits))
-        return; /* a count that lies: nothing good comes of making it smaller */
+    if (!count)
+        return;
+    if (qcow2_is_meta(s, cluster << s->cluster_bits)) {
+        /* A count that lies: nothing good comes of making it smaller. */
+        if (count == 1)
+            metadata_is_free(s, cluster);
+        return;
+    }
     if (PLANTED(CODED_FREED_WITH_NEIGHBOUR))
         count = 1;
     count_set(s, slice, index, count - 1);
@@ -161,7 +176,7 @@ static int search_slice(struct qcow2 *s, struct search *q, struct qcow2_slice *s
         if (q->pos >= QCOW2_HOST_LIMIT >> s->cluster_bits)
             return q->count ? 1 : -EFBIG;
         if (qcow2_is_meta(s, q->pos << s->cluster_bits))
-            return q->count ? 1 : -EIO;
+            return q->count ? 1 : metadata_is_free(s, q->pos);
         q->virgin &= claim(s, q->pos, slice, index);
     }
     return q->count == q->want;
@@ -253,9 +268,10 @@ static int claim_at_co(struct qcow2 *s, uint64_t cluster, bool *ok) {
     *ok = false;
     int r = qcow2_refcount_slice_co(s, cluster, &slice, &index);
     if (r < 0 || !slice || qcow2_refcount_get(slice->data, index, s->refcount_order) ||
-        cluster >= QCOW2_HOST_LIMIT >> s->cluster_bits ||
-        qcow2_is_meta(s, cluster << s->cluster_bits))
+        cluster >= QCOW2_HOST_LIMIT >> s->cluster_bits)
         return r;
+    if (qcow2_is_meta(s, cluster << s->cluster_bits))
+        return metadata_is_free(s, cluster);
     claim(s, cluster, slice, index);
     *ok = true;
     return 0;

@@ -6,7 +6,8 @@
  *
  *   1. simple repairs of entries                                       repair_entries.c
  *   2. new refcount structures, where the old ones are damaged         repair_rebuild.c
- *   3. data that shares a cluster with metadata or other data moves    repair_entries.c
+ *   3. tables that several L1 entries name are copied, and data that
+ *      shares a cluster with metadata or other data moves              repair_entries.c
  *   4. counts that are too low rise                                    repair_counts.c
  *   5. counts that are too high fall; all of `-r leaks`                repair_counts.c
  *   6. COPIED flags follow the counts                                  repair_entries.c
@@ -80,6 +81,12 @@ static int errors_co(struct run *u) {
     r = step_end_co(u, r, n, "table entries");
     if (!r && u->c.rebuild)
         r = rebuild_co(u);
+    if (r)
+        return r;
+    n = 0;
+    r = repair_tables_co(&u->p, &u->c, &n);
+    u->fixed += n;
+    r = step_end_co(u, r, n, "shared tables");
     if (r)
         return r;
     n = 0;

@@ -37,6 +37,8 @@ static inline uint64_t repair_room(const struct check *c) {
 int repair_entries_co(struct repair *p, struct check *c, uint64_t *fixed);
 /* COPIED flags of the active tables, by the stored counts; flushed. */
 int repair_copied_co(struct repair *p, struct check *c, uint64_t *fixed);
+/* L2 tables that several L1 entries name. */
+int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed);
 /* Guest data that shares its cluster with metadata or with other guest data gets its own. */
 int repair_moves_co(struct repair *p, struct check *c, uint64_t *fixed);
 

@@ -9,6 +9,7 @@
  *              (version 2 has no zero flag: a hole where no layer is below, else it stays)
  *              an L2 table outside the file, which reads as empty                      no table
  *   COPIED   of the active tables: set exactly where the stored count is 1
+ *   tables   a table that several L1 entries name: the others get copies, whose data then move
  *   moves    guest data in a cluster of metadata, or in one that the active image names twice,
  *            is copied into a cluster of its own
  *
@@ -207,6 +208,75 @@ int repair_entries_co(struct repair *p, struct check *c, uint64_t *fixed) {
     return r;
 }
 
+/* ---------------------------------------------------------------- room, and shared tables */
+
+/* Room for p->wanted clusters, or as many as are reasonable. */
+static int claim_room_co(struct repair *p, struct check *c) {
+    uint64_t room = repair_room(c);
+    /* A hostile image must not make the file grow without end. */
+    uint64_t n = min_u64(p->wanted, c->file_clusters + 1024);
+    bool fits;
+    if (room + n > min_u64(c->outside_far, QCOW2_HOST_LIMIT >> p->s->cluster_bits))
+        return 0;
+    int r = repair_claim_co(p, room, n, &fits);
+    if (!r && !fits)
+        r = repair_rebuild_co(p, room, n);
+    if (r == -EFBIG)
+        return 0; /* then nothing moves */
+    if (!r) {
+        p->room = room;
+        p->left = n;
+    }
+    return r;
+}
+
+/* Copies a table to p->room, without COPIED flags: what it names is named twice from now on. */
+static int copy_table_co(struct repair *p, uint64_t from) {
+    const struct qcow2 *s = p->s;
+    uint64_t to = p->room << s->cluster_bits;
+    int r = disk_pread_co(s->file, from, p->cluster, s->cluster_size);
+    if (r)
+        return r;
+    for (uint32_t i = 0; i < s->cluster_size >> s->l2e_shift; i++) {
+        struct qcow2_l2e e = qcow2_l2_get(s, p->cluster, i);
+        e.value &= ~QCOW2_COPIED;
+        qcow2_l2_set(s, p->cluster, i, e);
+    }
+    r = disk_pwrite_co(s->file, to, p->cluster, s->cluster_size);
+    p->room += !r;
+    p->left -= !r;
+    return r;
+}
+
+/* All but the first of the L1 entries that name one table get tables of their own. */
+int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed) {
+    struct qcow2 *s = p->s;
+    uint64_t first = UINT64_MAX, last = 0, n = 0;
+    p->wanted = c->twice.count;
+    p->left = 0;
+    int r = p->wanted ? claim_room_co(p, c) : 0;
+    for (uint64_t i = 0; !r && p->left && i < s->l1_entries; i++) {
+        uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, to = p->room << s->cluster_bits;
+        if (!(c->l1_skip[i / 64] >> i % 64 & 1) || !check_tables_names(&c->twice, offset))
+            continue;
+        r = copy_table_co(p, offset);
+        if (r)
+            break;
+        s->l1[i] = to | QCOW2_COPIED;
+        first = min_u64(first, i);
+        last = i;
+        n++;
+    }
+    if (!r && n)
+        r = repair_barrier_co(s);
+    if (!r && n)
+        r = write_l1_co(s, first, last);
+    if (!r && n)
+        r = repair_barrier_co(s);
+    *fixed += n;
+    return r;
+}
+
 /* ---------------------------------------------------------------- COPIED */
 
 static int change_copied(struct entry_at *e) {
@@ -300,26 +370,6 @@ static int change_move_co(struct entry_at *e) {
     /* A table that several name: the counts rise later, and COPIED follows them. */
     e->v.value = to | (e->active && e->names == 1 ? QCOW2_COPIED : 0);
     return 0;
-}
-
-/* Room for p->wanted clusters, or as many as are reasonable. */
-static int claim_room_co(struct repair *p, struct check *c) {
-    uint64_t room = repair_room(c);
-    /* A hostile image must not make the file grow without end. */
-    uint64_t n = min_u64(p->wanted, c->file_clusters + 1024);
-    bool fits;
-    if (room + n > min_u64(c->outside_far, QCOW2_HOST_LIMIT >> p->s->cluster_bits))
-        return 0;
-    int r = repair_claim_co(p, room, n, &fits);
-    if (!r && !fits)
-        r = repair_rebuild_co(p, room, n);
-    if (r == -EFBIG)
-        return 0; /* then nothing moves */
-    if (!r) {
-        p->room = room;
-        p->left = n;
-    }
-    return r;
 }
 
 /* Counts (p->wanted) what should move, and what changes without. */
