@@ -10,6 +10,8 @@
     X(qcow2)                                                                                       \
     X(vdi)                                                                                         \
     X(vpc)                                                                                         \
+    X(bochs)                                                                                       \
+    X(cloop)                                                                                       \
     X(qed)                                                                                         \
     X(file)                                                                                        \
     X(host_device)                                                                                 \
