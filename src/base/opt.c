@@ -37,6 +37,7 @@ static void store_u64(const struct opt *o, void *out, uint64_t v) {
         break;
     case OPT_T_STR:
     case OPT_T_CHILD:
+    case OPT_T_LIST:
         break;
     }
 }
@@ -102,6 +103,9 @@ static int wrong_value(const struct opt *o, const json_t *v, struct err *e) {
         break;
     case OPT_T_CHILD:
         strbuf_puts(&b, "a group of options or a node name");
+        break;
+    case OPT_T_LIST:
+        strbuf_puts(&b, "a list");
         break;
     }
     return err_set(e, EINVAL, "option '%s': expected %s, found %s", o->name, b.s, found);
@@ -179,6 +183,9 @@ static int fill_row(const struct opt *o, const json_t *v, void *out, struct err 
     switch (o->type) {
     case OPT_T_CHILD:
         ok = json_is_object(v) || json_is_string(v) || json_is_null(v);
+        break;
+    case OPT_T_LIST:
+        ok = json_is_object(v) || json_is_array(v);
         break;
     case OPT_T_STR:
         rc = fill_string(o, v, out, e);
@@ -351,9 +358,8 @@ static void put_limits(struct strbuf *b, const struct opt *o) {
         strbuf_puts(b, " to ");
         put_number(b, o, o->max);
     }
-    bool has_default =
-        o->given == SIZE_MAX &&
-        (o->type == OPT_T_BOOL || o->type == OPT_T_ENUM || (number && (o->def || ranged)));
+    bool has_default = o->given == SIZE_MAX && (o->type == OPT_T_BOOL || o->type == OPT_T_ENUM ||
+                                                (number && (o->def || ranged)));
     if (has_default) {
         strbuf_puts(b, ranged ? "; default " : " (default ");
         if (o->type == OPT_T_BOOL)
@@ -384,6 +390,9 @@ static void put_form(struct strbuf *b, const struct opt *o) {
         break;
     case OPT_T_CHILD:
         strbuf_puts(b, "NODE");
+        break;
+    case OPT_T_LIST:
+        strbuf_puts(b, "LIST");
         break;
     case OPT_T_ENUM:
         for (int i = 0; o->names[i]; i++)
@@ -442,6 +451,9 @@ static json_t *schema_row(const struct opt *o) {
         break;
     case OPT_T_CHILD:
         json_object_set_new(s, "type", json_pack("[sss]", "object", "string", "null"));
+        break;
+    case OPT_T_LIST:
+        json_object_set_new(s, "type", json_pack("[ss]", "array", "object"));
         break;
     }
     return s;

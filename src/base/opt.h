@@ -28,12 +28,13 @@
 struct err;
 
 enum opt_type {
-    OPT_T_BOOL, /* bool: on/off/true/false/yes/no */
-    OPT_T_U64,  /* uint64_t: decimal or 0x */
-    OPT_T_SIZE, /* uint64_t: size_parse */
-    OPT_T_ENUM, /* int: index into .names */
-    OPT_T_STR,  /* char *: owned by the filled struct, freed by opt_free */
-    OPT_T_CHILD /* no field: a sub-tree or node name that the core consumes */
+    OPT_T_BOOL,  /* bool: on/off/true/false/yes/no */
+    OPT_T_U64,   /* uint64_t: decimal or 0x */
+    OPT_T_SIZE,  /* uint64_t: size_parse */
+    OPT_T_ENUM,  /* int: index into .names */
+    OPT_T_STR,   /* char *: owned by the filled struct, freed by opt_free */
+    OPT_T_CHILD, /* no field: a sub-tree or node name that the core consumes */
+    OPT_T_LIST   /* no field: a list (or group of numbers) that the driver reads from the tree */
 };
 
 enum opt_when { OPT_OPEN = 1, OPT_CREATE = 2, OPT_AMEND = 4, OPT_RUNTIME = 8 };
@@ -94,6 +95,8 @@ struct opt {
     }
 #define OPT_CHILD(nm, wh, hlp)                                                                     \
     { .name = (nm), .type = OPT_T_CHILD, .when = (wh), .given = SIZE_MAX, .help = (hlp) }
+#define OPT_LIST(nm, wh, hlp)                                                                      \
+    { .name = (nm), .type = OPT_T_LIST, .when = (wh), .given = SIZE_MAX, .help = (hlp) }
 #define OPT_END                                                                                    \
     { .name = NULL }
 

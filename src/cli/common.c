@@ -42,7 +42,8 @@ int cli_open_with_co(struct verb_ctx *ctx, const char *name, const struct cli_im
         .name = tree ? NULL : name,
         .options = tree ? tree : options,
         .format = image->format,
-        .flags = open_flags | (image->force_share ? OPEN_FORCE_SHARE : 0),
+        .flags = open_flags | (image->force_share ? OPEN_FORCE_SHARE : 0) |
+                 (dialect_is_qemu() ? OPEN_SECTORS : 0),
         .cache = image->cache,
         .gate = dialect_is_qemu() ? GATE_ANY : (enum gate)image->trust,
     };

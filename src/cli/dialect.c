@@ -241,12 +241,15 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
     const char *why;
     if ((why = behind(text, "cannot open: ")) || (why = behind(text, "cannot open for writing: ")))
         strbuf_printf(b, "Could not open '%s': %s", name, why);
-    else if ((why = strstr(text, "Failed to connect to '")))
+    else if ((why = strstr(text, "Failed to connect to '")) ||
+             (why = strstr(text, "Failed to negotiate")))
         strbuf_puts(b, why);
     else if (strstr(text, "force-share only goes with read-only"))
         strbuf_puts(b, "force-share=on can only be used with read-only images");
     else if (strstr(text, "is a directory"))
         strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
+    else if ((why = strstr(text, "Could not read blkdebug config file")))
+        strbuf_puts(b, why);
     else if (e->code == ENOENT || e->code == EACCES)
         strbuf_printf(b, "Could not open '%s': %s", name, strerror(e->code));
     else if ((why = behind(text, "unknown driver or format '")))

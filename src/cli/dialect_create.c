@@ -86,7 +86,7 @@ static void print_line(const char *name, const struct driver *d, const json_t *t
 
 /* Refused before the line is printed. */
 static bool is_unreadable(const struct err *e) {
-    static const char *const texts[] = {"unknown option '",   "is not a size",   "is larger than",
+    static const char *const texts[] = {"unknown option '",   "is not a size",     "is larger than",
                                         "expected on or off", "expected a number", NULL};
     for (int i = 0; texts[i]; i++)
         if (strstr(e->text, texts[i]))

@@ -90,11 +90,8 @@ static int check_values(struct err *e, const struct args *a) {
     if (a->discard && !unmap && !is_one_of(a->discard, "ignore", "off", NULL))
         return err_set(e, EINVAL, "Invalid discard mode `%s'", a->discard);
     if (a->detect_zeroes && !is_one_of(a->detect_zeroes, "off", "on", "unmap"))
-        return err_set(
-            e, EINVAL,
-            "Failed to parse detect_zeroes mode: Parameter 'detect-zeroes' does not accept "
-            "value '%s'",
-            a->detect_zeroes);
+        return err_set(e, EINVAL, "Failed to parse detect_zeroes mode: invalid parameter value: %s",
+                       a->detect_zeroes);
     if (a->detect_zeroes && !strcmp(a->detect_zeroes, "unmap") && !unmap)
         return err_set(e, EINVAL,
                        "setting detect-zeroes to unmap is not allowed without setting discard "

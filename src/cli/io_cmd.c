@@ -20,12 +20,13 @@
 #include "cli/cli.h"
 #include "cli/dialect.h"
 #include "cli/io_cmd.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
 #include "runtime/loop.h"
 
-enum { TOKENS_MAX = 80 };
+enum { TOKENS_MAX = 1100 };
 
 static void complain(const struct io_session *s, bool bare, const char *fmt, va_list ap) {
     struct err e AUTO_ERR = ERR_INIT;
@@ -244,6 +245,46 @@ static int io_sigraise_co(struct io_session *s, const struct io_args *a) {
     return 0;
 }
 
+static void say_stopped(const char *tag, bool stopped) {
+    printf(stopped ? "blkdebug: Suspended request '%s'\n" : "blkdebug: Resuming request '%s'\n",
+           tag);
+}
+
+static int io_break_co(struct io_session *s, const struct io_args *a) {
+    struct node *n = disk_debug_node(s->node);
+    enum disk_event event = disk_event_named(a->pos[0]);
+    int r = !n ? -ENOTSUP : event == EVENTS_N ? -ENOENT : 0;
+    if (!r)
+        r = n->drv->debug->break_at(n, event, a->pos[1], say_stopped);
+    if (r)
+        printf("Could not set breakpoint: %s\n", strerror(-r));
+    return r;
+}
+
+static int io_remove_break_co(struct io_session *s, const struct io_args *a) {
+    struct node *n = disk_debug_node(s->node);
+    int r = n ? n->drv->debug->remove_break(n, a->pos[0]) : -ENOTSUP;
+    if (r)
+        printf("Could not remove breakpoint %s: %s\n", a->pos[0], strerror(-r));
+    return r;
+}
+
+static int io_resume_co(struct io_session *s, const struct io_args *a) {
+    struct node *n = disk_debug_node(s->node);
+    int r = n ? n->drv->debug->resume(n, a->pos[0]) : -ENOTSUP;
+    if (r)
+        printf("Could not resume request: %s\n", strerror(-r));
+    task_yield_co(); /* it goes on before the next command */
+    return r;
+}
+
+static int io_wait_break_co(struct io_session *s, const struct io_args *a) {
+    struct node *n = disk_debug_node(s->node);
+    while (n && s->in_flight && !n->drv->debug->is_stopped(n, a->pos[0]))
+        loop_sleep_co(1000000);
+    return 0;
+}
+
 static int io_quit_co(struct io_session *s, const struct io_args *a) {
     s->quit = true;
     return 0;
@@ -265,11 +306,11 @@ static io_fn io_help_co;
 static const struct io_cmd io_commands[] = {
     {"aio_flush", NULL, io_aio_flush_co, "", 0, 0, false, false, "",
      "completes all outstanding aio requests", NULL},
-    {"aio_read", NULL, io_aio_read_co, "CiP:qrv", 2, 64, false, false,
+    {"aio_read", NULL, io_aio_read_co, "CiP:qrv", 2, IO_POS_MAX, false, false,
      "[-Ciqrv] [-P pattern] off len [len..]", "asynchronously reads a number of bytes",
      LINES("reads into several buffers, of the lengths given, while later commands run",
            " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
-    {"aio_write", NULL, io_aio_write_co, "CfiP:qruz", 2, 64, false, true,
+    {"aio_write", NULL, io_aio_write_co, "CfiP:qruz", 2, IO_POS_MAX, false, true,
      "[-Cfquz] [-P pattern] off len [len..]", "asynchronously writes a number of bytes",
      LINES("writes from several buffers, of the lengths given, while later commands run",
            " -P, -- write this byte; default 0xcd",
@@ -280,6 +321,8 @@ static const struct io_cmd io_commands[] = {
      "simulate a program crash using abort(3)", NULL},
     {"alloc", "a", io_alloc_co, "", 1, 2, false, false, "offset [count]",
      "checks if offset is allocated in the file", NULL},
+    {"break", NULL, io_break_co, "", 2, 2, false, false, "event tag",
+     "sets a breakpoint on event and tags the stopped request as tag", NULL},
     {"close", "c", io_close_co, "", 0, 0, false, false, "", "close the current open file", NULL},
     {"discard", "d", io_discard_co, "Cq", 2, 2, false, true, "[-Cq] off len",
      "discards a number of bytes at a specified offset", LINES(HELP_COMMON)},
@@ -308,19 +351,25 @@ static const struct io_cmd io_commands[] = {
            " -s, -- first byte of what is verified (only with -P)",
            " -l, -- number of bytes that are verified (only with -P)", " -v, -- dump the data",
            " -p, -- ignored for backwards compatibility", HELP_COMMON)},
-    {"readv", "rv", io_readv_co, "CqrvP:", 2, 64, false, false,
+    {"readv", "rv", io_readv_co, "CqrvP:", 2, IO_POS_MAX, false, false,
      "[-Cqv] [-P pattern] off len [len..]", "reads a number of bytes at a specified offset",
      LINES("reads into several buffers, of the lengths given",
            " -P, -- verify the data against this byte", " -v, -- dump the data", HELP_COMMON)},
+    {"remove_break", NULL, io_remove_break_co, "", 1, 1, false, false, "tag",
+     "remove a breakpoint by tag", NULL},
     {"reopen", NULL, io_reopen_co, "c:o:rw", 0, 0, false, false,
      "[(-r|-w)] [-c cache] [-o options]", "reopens an image with new options",
      LINES(" -r, -- reopen the image read-only", " -w, -- reopen the image read-write",
            " -c, -- change the cache mode", " -o, -- change options of the image")},
+    {"resume", NULL, io_resume_co, "", 1, 1, false, false, "tag",
+     "resumes the request tagged as tag", NULL},
     {"sigraise", NULL, io_sigraise_co, "", 1, 1, true, false, "signal", "raises a signal", NULL},
     {"sleep", NULL, io_sleep_co, "", 1, 1, true, false, "milliseconds",
      "waits for the given value in milliseconds", NULL},
     {"truncate", "t", io_truncate_co, "m:", 1, 1, false, true, "[-m prealloc_mode] off",
      "truncates the current file at the given offset", NULL},
+    {"wait_break", NULL, io_wait_break_co, "", 1, 1, false, false, "tag",
+     "waits for the suspension of a request", NULL},
     {"write", "w", io_write_co, "bcCfnpP:qrs:uz", 2, 2, false, true,
      "[-cCfnquz] [-P pattern | -s source_file] off len",
      "writes a number of bytes at a specified offset",
@@ -331,7 +380,7 @@ static const struct io_cmd io_commands[] = {
            " -n, -- with -z: fail rather than write zeros slowly",
            " -u, -- with -z: space may be given back",
            " -p, -- ignored for backwards compatibility", HELP_COMMON)},
-    {"writev", "wv", io_writev_co, "CfqrP:", 2, 64, false, true,
+    {"writev", "wv", io_writev_co, "CfqrP:", 2, IO_POS_MAX, false, true,
      "[-Cfq] [-P pattern] off len [len..]", "writes a number of bytes at a specified offset",
      LINES("writes from several buffers, of the lengths given",
            " -P, -- write this byte; default 0xcd",
@@ -421,18 +470,20 @@ static int parse_words(struct io_session *s, const struct io_cmd *c, char **word
 
 /* As there, options count as arguments too, and only commands without options have a most. */
 static int check_count(struct io_session *s, const struct io_cmd *c, char **word, int n) {
-    bool open_end = *c->letters || c->pos_max == IO_POS_MAX;
-    if (n >= c->pos_min && (open_end || n <= c->pos_max))
+    bool truncates = !strcmp(c->name, "truncate"); /* the one with options and a most */
+    bool open_end = (*c->letters && !truncates) || c->pos_max == IO_POS_MAX;
+    int most = truncates ? 3 : c->pos_max;
+    if (n >= c->pos_min && (open_end || n <= most))
         return 0;
     if (open_end)
         io_complain_bare(s, "bad argument count %d to %s, expected at least %d arguments", n,
                          word[0], c->pos_min);
-    else if (c->pos_max == c->pos_min)
+    else if (most == c->pos_min)
         io_complain_bare(s, "bad argument count %d to %s, expected %d arguments", n, word[0],
                          c->pos_min);
     else
         io_complain_bare(s, "bad argument count %d to %s, expected between %d and %d arguments", n,
-                         word[0], c->pos_min, c->pos_max);
+                         word[0], c->pos_min, most);
     return -EINVAL;
 }
 
@@ -459,7 +510,7 @@ static int run_words_co(struct io_session *s, char **word, int n) {
     }
     if (r)
         return r;
-    struct io_args *a = xcalloc(1, sizeof(*a)); /* 1.7 KiB: too large for a task's stack */
+    struct io_args *a = xcalloc(1, sizeof(*a)); /* 10 KiB: too large for a task's stack */
     a->cmd = c;
     r = parse_words(s, c, word, n, a);
     if (!r && (a->pos_n < c->pos_min || a->pos_n > c->pos_max))

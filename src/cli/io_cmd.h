@@ -14,6 +14,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include "disk/open.h"
 #include "runtime/task.h"
 
 struct node;
@@ -24,10 +25,14 @@ struct io_session {
     struct node *node;    /* NULL: only commands that need no disk */
     bool failed;          /* a command has failed: exit status 1 */
     bool quit;
-    bool image_opts;    /* names are key=value,... options */
-    bool misalign;      /* buffers that O_DIRECT would refuse */
-    bool copy_on_read;  /* reads keep in the top image what they took from below */
-    int trust;          /* enum gate of what is opened by command */
+    bool image_opts; /* names are key=value,... options */
+    bool misalign;   /* buffers that O_DIRECT would refuse */
+    int trust;       /* enum gate of what is opened by command */
+    struct {
+        struct open_req req; /* with the texts and the tree below */
+        char *name, *format;
+        json_t *tree;
+    } opened;           /* how, by io_open_co; for opening again */
     unsigned in_flight; /* aio */
     struct waitq idle, slot;
 };
@@ -58,7 +63,8 @@ int io_open_co(struct io_session *s, const struct io_open *o);
 
 struct io_cmd;
 
-enum { IO_POS_MAX = 66 };
+/* Offset, and as many lengths as one request of that program may have. */
+enum { IO_POS_MAX = 1025 };
 struct io_args {
     const struct io_cmd *cmd;
     bool has[128];

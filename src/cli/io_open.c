@@ -6,16 +6,19 @@
  */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include "base/cleanup.h"
 #include "base/err.h"
 #include "base/opt.h"
 #include "cli/dialect.h"
 #include "cli/io_cmd.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
 #include "disk/overlay.h"
+#include "runtime/loop.h"
 
 /* -1: no such mode. */
 static int cache_mode(const char *text) {
@@ -63,6 +66,29 @@ static int options_tree(struct io_session *s, const struct io_open *o, json_t **
     return r;
 }
 
+static void forget_opened(struct io_session *s) {
+    free(s->opened.name);
+    free(s->opened.format);
+    json_decref(s->opened.tree);
+    s->opened.name = s->opened.format = NULL;
+    s->opened.tree = NULL;
+}
+
+/* Puts copy-on-read on top. */
+static int keep_reads_co(struct io_session *s, const struct open_req *req) {
+    struct node *top;
+    struct open_req over = {.flags = req->flags, .cache = req->cache, .gate = req->gate};
+    int r =
+        req->flags & OPEN_RW
+            ? node_open_on_co(s->node, driver_find("copy-on-read"), NULL, &over, &top, &s->ctx->err)
+            : err_set(&s->ctx->err, EINVAL, "Can't use copy-on-read on read-only device");
+    if (r)
+        node_unref_co(s->node);
+    else
+        s->node = top;
+    return r;
+}
+
 int io_open_co(struct io_session *s, const struct io_open *o) {
     struct err *e = &s->ctx->err;
     json_t *tree;
@@ -81,14 +107,22 @@ int io_open_co(struct io_session *s, const struct io_open *o) {
         .format = o->format,
         .flags = (rw ? OPEN_RW : 0) | (o->force_share ? OPEN_FORCE_SHARE : 0) |
                  (!strcmp(unmap, "unmap") || !strcmp(unmap, "on") ? OPEN_UNMAP : 0) |
-                 OPEN_SHARE_WRITE,
+                 (dialect_is_qemu() ? OPEN_SHARE_WRITE | OPEN_SECTORS : 0),
         .cache = o->cache            ? (enum cache_mode)cache_mode(o->cache)
                  : dialect_is_qemu() ? CACHE_WRITETHROUGH
                                      : CACHE_WRITEBACK,
         .gate = dialect_is_qemu() ? GATE_ANY : (enum gate)s->trust,
     };
     r = node_open_co(&req, &s->node, e);
-    json_decref(tree);
+    forget_opened(s);
+    s->opened.name = req.name ? xstrdup(req.name) : NULL;
+    s->opened.format = req.format ? xstrdup(req.format) : NULL;
+    s->opened.req = req;
+    s->opened.req.name = s->opened.name;
+    s->opened.req.format = s->opened.format;
+    s->opened.tree = tree;
+    if (!r && o->copy_on_read)
+        r = keep_reads_co(s, &req);
     if (!r && o->snapshot) {
         struct node *base = s->node;
         r = overlay_create_co(base, NULL, &s->node, e);
@@ -103,19 +137,27 @@ int io_open_co(struct io_session *s, const struct io_open *o) {
         err_clear(e);
         return r;
     }
-    s->copy_on_read = o->copy_on_read;
+    if (rw)
+        dialect_warn_guessed(s->ctx, s->node);
     return 0;
 }
 
 /* Flushes and lets go of the disk; -errno when the flush failed. */
 static int close_disk_co(struct io_session *s) {
     int r = 0;
+    struct node *debug = disk_debug_node(s->node);
+    /* Nobody else would let go those that stand at a breakpoint. */
+    while (debug && s->in_flight) {
+        debug->drv->debug->resume(debug, NULL);
+        loop_sleep_co(1000000);
+    }
     io_session_drain_co(s);
     if (s->node) {
         r = node_is_rw(s->node) ? disk_flush_co(s->node) : 0;
         node_unref_co(s->node);
     }
     s->node = NULL;
+    forget_opened(s);
     return r;
 }
 
@@ -154,32 +196,95 @@ int io_open_command_co(struct io_session *s, const struct io_args *a) {
     return io_open_co(s, &o);
 }
 
-/* The options of reopen that can change on an open disk. */
-static int reopen_options(struct io_session *s, json_t *tree, bool *rw, const struct io_args *a) {
-    struct node *n = s->node;
-    const char *key;
-    json_t *value;
-    json_object_foreach(tree, key, value) {
-        const char *text = json_string_value(value);
-        bool on = text && (!strcmp(text, "on") || !strcmp(text, "true"));
-        if (!strcmp(key, "read-only")) {
-            if (a->has['r'] || a->has['w']) {
-                io_complain(s, "Cannot set both -r/-w and 'read-only'");
-                return -EINVAL;
-            }
-            *rw = !on;
-        } else if (!strcmp(key, "discard") && text) {
-            bool unmap = !strcmp(text, "unmap") || on;
-            n->flags = unmap ? n->flags | NODE_UNMAP : n->flags & ~(unsigned)NODE_UNMAP;
-        } else if (!strcmp(key, "driver") && text && strcmp(text, n->drv->name)) {
-            io_complain(s, "Cannot change the option 'driver'");
-            return -EINVAL;
-        } else if (strcmp(key, "driver")) {
-            io_complain(s, "Cannot change the option '%s'", key);
-            return -EINVAL;
-        }
+/* ---------------------------------------------------------------- reopening */
+
+static int expects_switch(const struct io_session *s, const json_t *group, const char *prefix,
+                          const char *key) {
+    static const char *const words[] = {"on", "off", "true", "false", "yes", "no", NULL};
+    const json_t *v = json_object_get(group, key);
+    if (!v || json_is_boolean(v) || (json_is_string(v) && is_one_of(json_string_value(v), words)))
+        return 0;
+    io_complain(s, "Parameter '%s%s' expects 'on' or 'off'", prefix, key);
+    return -EINVAL;
+}
+
+/* Names and drivers stay; what only repeats them is taken out of `group`. */
+static int keeps_identity(const struct io_session *s, const struct node *n, json_t *group) {
+    const char *name = json_string_value(json_object_get(group, "node-name"));
+    const char *driver = json_string_value(json_object_get(group, "driver"));
+    if (n && name && strcmp(name, n->name)) {
+        io_complain(s, "Cannot change the option 'node-name'");
+        return -EINVAL;
     }
+    if (n && driver && strcmp(driver, n->drv->name)) {
+        io_complain(s, "Cannot change the option 'driver'");
+        return -EINVAL;
+    }
+    json_object_del(group, "node-name");
+    json_object_del(group, "driver");
     return 0;
+}
+
+static int check_reopen(const struct io_session *s, const struct io_args *a, json_t *tree) {
+    json_t *cache = json_object_get(tree, "cache");
+    const json_t *ro = json_object_get(tree, "read-only");
+    if (ro && (a->has['r'] || a->has['w'])) {
+        io_complain(s, "Cannot set both -r/-w and 'read-only'");
+        return -EINVAL;
+    }
+    if (cache && a->val['c']) {
+        io_complain(s, "Cannot set both -c and the cache options");
+        return -EINVAL;
+    }
+    int r = expects_switch(s, tree, "", "read-only");
+    if (!r)
+        r = expects_switch(s, cache, "cache.", "no-flush");
+    if (!r)
+        r = expects_switch(s, cache, "cache.", "direct");
+    if (!r)
+        r = expects_switch(s, tree, "", "auto-read-only");
+    if (!r)
+        r = keeps_identity(s, s->node, tree);
+    static const char *const children[] = {"file", "backing"};
+    for (int i = 0; !r && i < 2; i++) {
+        json_t *child = json_object_get(tree, children[i]);
+        if (!json_is_object(child))
+            continue;
+        r = keeps_identity(s, i ? s->node->backing : s->node->file, child);
+        if (!json_object_size(child))
+            json_object_del(tree, children[i]);
+    }
+    return r;
+}
+
+/*
+ * Other options than those that change on an open disk: it is closed and opened with them; when
+ * that fails, as it was.
+ */
+static int open_again_co(struct io_session *s, const json_t *add, struct err *e) {
+    json_t *before = s->opened.tree ? json_deep_copy(s->opened.tree) : json_object();
+    json_t *tree = json_deep_copy(before);
+    json_object_update_recursive(tree, (json_t *)add);
+    int r = disk_flush_co(s->node);
+    if (r == 0) {
+        node_unref_co(s->node);
+        struct open_req req = s->opened.req;
+        req.options = tree;
+        r = node_open_co(&req, &s->node, e);
+        if (r == 0) {
+            json_decref(s->opened.tree);
+            s->opened.tree = json_incref(tree);
+        } else {
+            req.options = before;
+            if (node_open_co(&req, &s->node, NULL) < 0)
+                s->node = NULL;
+        }
+    } else {
+        err_errno(e, -r, "flushing");
+    }
+    json_decref(tree);
+    json_decref(before);
+    return r;
 }
 
 int io_reopen_co(struct io_session *s, const struct io_args *a) {
@@ -198,9 +303,11 @@ int io_reopen_co(struct io_session *s, const struct io_args *a) {
     io_session_drain_co(s);
     for (int i = 0; !r && i < a->list_n; i++)
         r = opt_parse_keyval(a->list[i], NULL, &tree, &e);
-    if (!r)
-        r = reopen_options(s, tree, &rw, a);
-    if (!r)
+    if (!r && tree)
+        r = check_reopen(s, a, tree);
+    if (!r && json_object_size(tree))
+        r = open_again_co(s, tree, &e);
+    else if (!r)
         r = node_reopen_co(s->node, rw, &e);
     if (!r && a->val['c']) {
         /* O_DIRECT belongs to the open file; it stays as it was. */

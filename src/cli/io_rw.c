@@ -256,15 +256,16 @@ static struct rw *rw_new(struct io_session *s, const struct io_args *a, const ch
     if (!io_parse_size(a->pos[0], &w->offset))
         return NULL;
     bool zero = kind == RW_ZERO;
-    if (a->pos_n - 1 > IOV_MAX_REQUEST) {
-        printf("at most %d buffers\n", IOV_MAX_REQUEST);
-        return NULL;
-    }
+    /* The buffers lie one behind the other in any case; too many for one request go as one. */
+    bool many = a->pos_n - 1 > IOV_MAX_REQUEST;
     for (int i = 1; i < a->pos_n; i++) {
         uint64_t len;
-        if (!parse_length(a->pos[i], zero && a->has['n'], zero ? " without -n" : "", &len))
+        if (!parse_length(a->pos[i], zero && a->has['n'],
+                          kind == RW_READ || kind == RW_DISCARD ? "" : " without -n", &len))
             return NULL;
-        w->iov[w->niov++].iov_len = len;
+        if (!many || !w->niov)
+            w->niov++;
+        w->iov[w->niov - 1].iov_len += len;
         w->length += len;
     }
     if (w->length > LENGTH_MAX && !zero) {
@@ -385,6 +386,10 @@ static int write_command_co(struct io_session *s, const struct io_args *a, const
         puts(why);
         return -EINVAL;
     }
+    if (aio && a->has['z'] && a->pos_n > 2) {
+        puts("-z supports only a single length parameter");
+        return -EINVAL;
+    }
     enum rw_kind kind = a->has['z'] ? RW_ZERO : a->has['c'] ? RW_CODED : RW_WRITE;
     struct rw *w AUTO(rw_free_p) = rw_new(s, a, name, kind);
     if (!w || (a->has['P'] && !parse_pattern(a->val['P'], &pattern)))
@@ -402,7 +407,7 @@ static int write_command_co(struct io_session *s, const struct io_args *a, const
     w->aio = aio;
     w->io_flags = a->has['f'] ? IO_FUA : 0;
     w->zero_flags = (a->has['u'] ? ZERO_MAY_UNMAP : 0) | (a->has['n'] ? ZERO_NO_FALLBACK : 0) |
-                    (a->has['f'] ? ZERO_FUA : 0);
+                    (a->has['f'] ? ZERO_FUA : 0) | ZERO_PRESENT;
     return rw_run_co(steal(&w));
 }
 

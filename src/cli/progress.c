@@ -146,6 +146,13 @@ void progress_update(struct progress *p, uint64_t done, uint64_t total) {
     if (p->mode == PROGRESS_DEMAND)
         return;
     int64_t now = now_ns();
+    if (dialect_is_qemu()) { /* there, each whole percent */
+        if (percent(p) >= p->tenths + 1 || percent(p) >= 100) {
+            p->tenths = (unsigned)percent(p);
+            show(p, now);
+        }
+        return;
+    }
     if (now - p->last_ns >= PERIOD_NS)
         show(p, now);
 }

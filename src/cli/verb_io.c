@@ -104,36 +104,25 @@ void io_session_stdin_co(struct io_session *s) {
 
 /* -------------------------------------------------------------------- run */
 
-static int open_disk_co(struct verb_ctx *ctx, struct node **out) {
-    const struct args *a = ctx->args;
-    struct cli_image image = a->image;
-    struct node *base;
-    bool read_only = a->read_only || image.force_share;
-    bool unmap = a->discard == DISCARD_UNMAP || a->discard == DISCARD_ON;
-    if (a->nocache)
-        image.cache = CACHE_NONE;
-    unsigned flags = (read_only || a->snapshot ? 0 : OPEN_RW) | (unmap ? OPEN_UNMAP : 0);
-    int r = cli_open_co(ctx, ctx->pos[0], &image, flags, &base);
-    if (r || !a->snapshot) {
-        *out = r ? NULL : base;
-        return r;
-    }
-    r = overlay_create_co(base, NULL, out, &ctx->err);
-    if (r)
-        node_unref_co(base);
-    return r;
-}
-
 static int io_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     struct io_session s;
-    struct node *n = NULL;
-    int r = ctx->pos_n ? open_disk_co(ctx, &n) : 0;
-    if (r < 0)
-        return r;
-    io_session_init(&s, ctx, n);
+    io_session_init(&s, ctx, NULL);
     s.image_opts = a->image.image_opts;
     s.trust = a->image.trust;
+    if (ctx->pos_n) {
+        struct io_open o = {
+            .name = ctx->pos[0],
+            .format = a->image.format,
+            .cache = a->nocache ? "none" : cache_names[a->image.cache],
+            .discard = discard_names[a->discard],
+            .read_only = a->read_only,
+            .snapshot = a->snapshot,
+            .force_share = a->image.force_share,
+        };
+        if (io_open_co(&s, &o) < 0)
+            return 1;
+    }
     for (size_t i = 0; i < a->commands.n && !s.quit; i++)
         io_session_run_co(&s, a->commands.v[i]);
     if (!a->commands.n)

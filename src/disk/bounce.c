@@ -14,6 +14,7 @@
 #include "base/ck.h"
 #include "base/iov.h"
 #include "disk/engine.h"
+#include "disk/event.h"
 
 #define PIECE_BYTES MIB
 
@@ -60,11 +61,15 @@ static int write_piece_co(struct node *n, uint8_t *buf, uint64_t start, uint64_t
     int r = 0;
     if (from > start) {
         v = (struct iovec){buf, a};
+        disk_event_co(n, EVENT_pwritev_rmw_head);
         r = n->drv->storage->preadv_co(n, start, a, &v, 1, 0);
+        disk_event_co(n, EVENT_pwritev_rmw_after_head);
     }
     if (!r && to < end && (from == start || end - start > a)) {
         v = (struct iovec){buf + (end - start) - a, a};
+        disk_event_co(n, EVENT_pwritev_rmw_tail);
         r = n->drv->storage->preadv_co(n, end - a, a, &v, 1, 0);
+        disk_event_co(n, EVENT_pwritev_rmw_after_tail);
     }
     if (r)
         return r;
@@ -101,9 +106,10 @@ static int write_bounced_co(struct node *n, uint64_t offset, uint64_t length,
 int storage_pwritev_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
                        int niov, unsigned flags) {
     if (is_direct_ok(n, offset, length, iov, niov)) {
-        if (n->request_align <= 1 || range_lock_idle(&n->locks))
+        if (n->request_align <= 1)
             return n->drv->storage->pwritev_co(n, offset, length, iov, niov, flags);
-        struct range_req lock; /* somebody is rewriting blocks: stay out of them */
+        /* Whoever rewrites one of these blocks for a part of it waits, and is waited for. */
+        struct range_req lock;
         range_lock_co(&n->locks, &lock, offset, length, false);
         int r = n->drv->storage->pwritev_co(n, offset, length, iov, niov, flags);
         range_unlock(&n->locks, &lock);

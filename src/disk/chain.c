@@ -19,6 +19,7 @@
 #include "base/ck.h"
 #include "base/iov.h"
 #include "disk/engine.h"
+#include "disk/event.h"
 
 static bool extent_is_sane(const struct node *n, uint64_t offset, uint64_t length,
                            const struct extent *x) {
@@ -108,6 +109,7 @@ static int read_run_co(const struct chain_run *run, uint64_t offset, const struc
     *moved = x->length;
     switch (x->kind) {
     case EXTENT_DATA: {
+        disk_event_co(x->storage, EVENT_read_aio);
         if (done == 0 && x->length == iov_length(iov, niov))
             return disk_preadv_co(x->storage, x->host_offset, x->length, iov, niov, flags);
         struct iovec part[IOV_MAX_STRATA];
@@ -159,7 +161,7 @@ int chain_is_zero_co(struct node *n, uint64_t offset, uint64_t length) {
 #define STATUS_ALIGN (4 * KIB)
 
 /* Asks the storage where its holes are, so that unwritten room inside a data run shows as zeros. */
-static int refine_co(struct status *st) {
+static int refine_co(const struct node *n, struct status *st) {
     struct node *s = st->storage;
     if (s->drv->format) {
         struct status below;
@@ -189,6 +191,8 @@ static int refine_co(struct status *st) {
         /* A file may end anywhere: what follows in the same block is told as data too, or runs of
          * odd lengths would reach everybody above. */
         uint64_t end = align_up(st->host_offset + x.length, STATUS_ALIGN);
+        if (n->flags & NODE_SECTORS) /* there, up to the byte */
+            end = st->host_offset + x.length;
         st->length = min_u64(st->length, end - st->host_offset);
     }
     return 0;
@@ -218,7 +222,7 @@ int disk_status_co(struct node *n, uint64_t offset, uint64_t length, unsigned st
             out->host_offset = x->host_offset;
         }
         if (x->kind == EXTENT_DATA && status_flags & STATUS_PRECISE)
-            r = refine_co(out);
+            r = refine_co(n, out);
         chain_run_end(&run);
     }
     range_unlock(&n->locks, &lock);

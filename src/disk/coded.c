@@ -19,6 +19,7 @@
 #include "base/cleanup.h"
 #include "base/iov.h"
 #include "disk/engine.h"
+#include "disk/event.h"
 #include "runtime/loop.h"
 
 #define BATCH_UNITS 16
@@ -114,6 +115,7 @@ static int batch_run_co(struct coded_batch *b, struct node *storage) {
     b->bounce = b->bounce_bytes ? buf_get(b->bounce_bytes) : NULL;
     if (!b->codes || (b->bounce_bytes && !b->bounce))
         return -ENOMEM;
+    disk_event_co(storage, EVENT_read_compressed);
     int r = disk_pread_co(storage, b->low, b->codes, b->high - b->low);
     if (r < 0)
         return r;

@@ -31,6 +31,7 @@ struct open_ctx;
 struct create_ctx;
 struct driver;
 struct bitmap;
+struct debug_ops;
 
 /* ---------------------------------------------------------------- the map */
 
@@ -106,6 +107,8 @@ enum zero_flags {
         1, /* host space may be given back; without it, allocated space stays allocated */
     ZERO_NO_FALLBACK = 2, /* storage: -ENOTSUP rather than writing zeros slowly */
     ZERO_FUA = 4,
+    /* The layer itself says zeros afterwards, also where it had nothing and read so already. */
+    ZERO_PRESENT = 8,
 };
 
 enum copy_range_flags {
@@ -427,6 +430,8 @@ struct driver {
 
     const struct storage_ops *storage;
     const struct format_ops *format;
+    /* Listens to events (disk/event.h); NULL: does not. */
+    const struct debug_ops *debug;
 };
 
 /* preallocation= values, in this order, for every driver's tables. */

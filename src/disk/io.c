@@ -15,6 +15,7 @@
 #include "base/iov.h"
 #include "base/plant.h"
 #include "disk/engine.h"
+#include "disk/event.h"
 
 /* One metadata call covers at most this much, so that others get their turn in between. */
 #define ZERO_STEP GIB
@@ -60,6 +61,16 @@ static int storage_zero_co(struct node *n, uint64_t offset, uint64_t length, uns
 static int zero_part_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     if (!length)
         return 0;
+    uint64_t unit = align_down(offset, n->granularity);
+    uint64_t whole = min_u64(n->granularity, n->size - unit);
+    if (zero_flags & ZERO_PRESENT && n->drv->format->set_zero_co && length < whole) {
+        int zero = chain_is_zero_co(n, unit, whole);
+        if (zero > 0)
+            zero = n->drv->format->set_zero_co(n, unit, whole, zero_flags & ~ZERO_FUA);
+        n->map_generation++;
+        if (zero != -ENOTSUP && zero != 0)
+            return zero;
+    }
     int zero = chain_is_zero_co(n, offset, length);
     if (zero)
         return zero < 0 ? zero : 0;
@@ -175,6 +186,8 @@ int disk_flush_co(struct node *n) {
         return 0;
     node_enter_co(n);
     int r = 0;
+    disk_event_co(n->drv->format ? n->file : NULL, EVENT_flush_to_os);
+    disk_event_co(n, EVENT_flush_to_disk);
     if (n->drv->storage)
         r = n->drv->storage->flush_co ? n->drv->storage->flush_co(n) : 0;
     else if (n->drv->format->flush_co)

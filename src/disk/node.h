@@ -54,6 +54,7 @@ enum node_flags {
     NODE_DETECT_ZEROES = 256, /* detect-zeroes=on: written zeros become zero units */
     NODE_DETECT_UNMAP = 512,  /* detect-zeroes=unmap: and their room is given back */
     NODE_GUESSED = 1024,      /* nobody said the format and nothing matched: taken for raw */
+    NODE_SECTORS = 8192,      /* raw disks count as rounded up to 512 bytes, as QEMU takes them */
     NODE_CHECK = 128, /* opened to be examined: formats open damaged images as far as they can */
     NODE_LOOK = 4096, /* opened for describe() alone: also with features that we cannot use */
 };

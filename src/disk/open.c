@@ -66,6 +66,10 @@ static void json_unref(json_t **j) {
 }
 #define AUTO_JSON AUTO(json_unref)
 
+const json_t *open_ctx_tree(const struct open_ctx *ctx) {
+    return ctx->tree;
+}
+
 /* ---- trees ---- */
 
 static int name_to_storage_tree(const char *name, json_t **out, struct err *e) {
@@ -284,6 +288,47 @@ static int lower_filename(json_t *tree, struct err *e) {
     return 0;
 }
 
+/*
+ * A name on the command line stands for a format's file; where the options say that the driver is
+ * storage, it is that one's name, and a filter's child's.
+ */
+static void raise_filename(json_t *tree, const struct driver *drv) {
+    json_t *file = json_object_get(tree, "file");
+    const char *name = tree_str(file, "filename"), *below = tree_str(file, "driver");
+    const char *child = NULL;
+    for (const struct opt *o = drv->opts; o && o->name; o++)
+        if (o->type == OPT_T_CHILD && !child)
+            child = o->name;
+    if (child && !name && tree_str(tree, "filename")) {
+        json_t *to = json_object_get(tree, child);
+        if (!to)
+            json_object_set_new(tree, child, to = json_object());
+        if (json_is_object(to))
+            json_object_set(to, "filename", json_object_get(tree, "filename"));
+        json_object_del(tree, "filename");
+        return;
+    }
+    if (!name || (child && !strcmp(child, "file")))
+        return;
+    AUTO_JSON json_t *text = json_string_nocheck(name);
+    if (!child) {
+        if (!json_object_get(tree, "filename"))
+            json_object_set(tree, "filename", text);
+    } else {
+        json_t *to = json_object_get(tree, child);
+        if (!to) {
+            json_object_set_new(tree, child, json_deep_copy(file));
+        } else if (json_is_object(to) && !json_object_get(to, "filename") &&
+                   !json_object_get(to, "file")) {
+            if (below && strcmp(below, "file"))
+                json_object_set_new(to, "file", json_deep_copy(file));
+            else
+                json_object_set(to, "filename", text);
+        }
+    }
+    json_object_del(tree, "file");
+}
+
 static char *display_name(const json_t *tree) {
     const json_t *file = json_object_get(tree, "file");
     const char *name = tree_str(tree, "filename");
@@ -362,6 +407,8 @@ static int open_tree_co(const json_t *tree_in, const struct open_ctx *parent,
         return r;
     if ((!drv || !drv->storage) && (r = lower_filename(tree, e)) < 0)
         return r;
+    if (drv && drv->storage)
+        raise_filename(tree, drv);
     if ((r = check_loop(&ctx, e)) < 0)
         return r;
     if (!drv) {
@@ -611,6 +658,7 @@ static unsigned req_node_flags(const struct open_req *req) {
     f |= req->flags & OPEN_UNMAP ? NODE_UNMAP : 0;
     f |= req->flags & OPEN_CHECK ? NODE_CHECK : 0;
     f |= req->flags & OPEN_LOOK ? NODE_LOOK : 0;
+    f |= req->flags & OPEN_SECTORS ? NODE_SECTORS : 0;
     return f;
 }
 

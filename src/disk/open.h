@@ -42,7 +42,8 @@ enum open_flags {
     OPEN_UNMAP = 16,       /* default of discard= is unmap */
     OPEN_SHARE_WRITE = 32, /* raw top-level: others may write too (qemu-io style) */
     OPEN_NO_DATA = 64,     /* leave an external data file closed: metadata is all that is asked */
-    OPEN_LOOK = 128        /* NODE_LOOK */
+    OPEN_LOOK = 128,       /* NODE_LOOK */
+    OPEN_SECTORS = 256     /* NODE_SECTORS */
 };
 
 struct open_req {
@@ -66,6 +67,9 @@ int node_open_co(const struct open_req *req, struct node **out, struct err *e);
 /* What one open of a graph shares: gate, depth, the chain so far (loop detection). Opaque to
  * drivers. */
 struct open_ctx;
+
+/* The options of the node being opened, for keys that no row describes (lists).  Borrowed. */
+const json_t *open_ctx_tree(const struct open_ctx *ctx);
 
 /* How a child is used decides its permissions. */
 enum child_role {

@@ -18,7 +18,9 @@
     X(memory)                                                                                      \
     X(nbd)                                                                                         \
     X(null_co)                                                                                     \
-    X(null_aio)
+    X(null_aio)                                                                                    \
+    X(blkdebug)                                                                                    \
+    X(copy_on_read)
 
 #define DRIVER_DECLARE(name) extern const struct driver driver_##name;
 DRIVERS(DRIVER_DECLARE)

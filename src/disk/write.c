@@ -20,6 +20,7 @@
 #include "base/iov.h"
 #include "base/plant.h"
 #include "disk/engine.h"
+#include "disk/event.h"
 
 /* The part of a placement around the data: guest bytes of the same units, and their old content. */
 struct edge {
@@ -53,6 +54,7 @@ static int edge_read_co(struct node *n, const struct placement *p, struct edge *
     memset(edge->buf + (zero ? 0 : inside), 0, edge->length - (zero ? 0 : inside));
     if (zero)
         return 0;
+    disk_event_co(p->storage, EVENT_cow_read);
     struct iovec v = {edge->buf, inside};
     return chain_read_co(n, edge->offset, inside, &v, 1, 0);
 }
@@ -105,6 +107,9 @@ static int placement_write_co(struct node *n, const struct placement *p, const s
             all[count++] = (struct iovec){tail.buf, tail.length};
             length += tail.length;
         }
+        if (head.buf || tail.buf)
+            disk_event_co(p->storage, EVENT_cow_write);
+        disk_event_co(p->storage, EVENT_write_aio);
         r = disk_pwritev_co(p->storage, start, length, all, count, flags & (IO_BULK | IO_FUA));
     }
     buf_put(head.buf, head.length);
@@ -165,6 +170,7 @@ static int write_in_place_co(struct node *n, uint64_t offset, uint64_t length,
             return r;
         if (x.kind != EXTENT_DATA || !(x.flags & EXTENT_IN_PLACE))
             return 0;
+        disk_event_co(x.storage, EVENT_write_aio);
         if (x.length == length) {
             r = disk_pwritev_co(x.storage, x.host_offset, length, iov, niov, flags);
         } else {
@@ -328,6 +334,7 @@ int disk_write_coded_co(struct node *n, uint64_t offset, const void *code, uint3
     if (!r) {
         assert(p.coded_length == coded_length && p.storage);
         struct iovec v = {(void *)code, coded_length};
+        disk_event_co(p.storage, EVENT_write_compressed);
         r = disk_pwritev_co(p.storage, p.host_offset, coded_length, &v, 1, 0);
         if (!r && n->drv->format->publish_co)
             r = n->drv->format->publish_co(n, &p);

@@ -55,6 +55,8 @@ static int raw_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
                        " reach behind the end of the storage (%" PRIu64 " bytes)",
                        o->offset, o->size, total);
     n->size = o->size_given ? o->size : total - o->offset;
+    if (n->flags & NODE_SECTORS && !o->size_given)
+        n->size = align_up(n->size, 512);
     n->granularity = 1;
     return 0;
 }

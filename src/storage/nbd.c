@@ -295,7 +295,8 @@ static int connect_error(const struct connect_work *w, struct err *e) {
     if (refused)
         return err_set(e, code, "Failed to connect to '%s:%s': %s", w->host, w->port,
                        strerror(code));
-    return err_set(e, code == ENOTSUP ? EIO : code, "NBD: %s", w->text);
+    return err_set(e, code == ENOTSUP ? EIO : code, "Failed to negotiate with the NBD server: %s",
+                   w->text);
 }
 
 static void take_abilities(struct node *n) {

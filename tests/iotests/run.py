@@ -183,7 +183,7 @@ def main():
     ap.add_argument("--work", default="build/iotests", help="scratch folder; differences stay there")
     ap.add_argument("--again", action="store_true", help="run the peer again though its results are there")
     ap.add_argument("-j", "--jobs", type=int, default=2)
-    args = ap.parse_args()
+    args = ap.parse_intermixed_args()
     suite, work = os.path.abspath(args.suite), os.path.abspath(args.work)
     os.makedirs(work, exist_ok=True)
     tests = suite_tests(suite)

@@ -173,7 +173,10 @@ static int opt_list(struct hs *h, uint32_t len) {
     const char *name = h->c->s->name;
     uint8_t n[4];
     be32_store(n, (uint32_t)strlen(name));
-    nbd_out_reply(&h->out, NBD_OPT_LIST, NBD_REP_SERVER, n, 4, name, strlen(name));
+    /* What follows the name is for people; QEMU's client shows it. */
+    char *text AUTO_FREE =
+        xasprintf("%s%s", name, h->c->s->description ? h->c->s->description : "");
+    nbd_out_reply(&h->out, NBD_OPT_LIST, NBD_REP_SERVER, n, 4, text, strlen(text));
     out_ack(&h->out, NBD_OPT_LIST);
     return GO_ON;
 }

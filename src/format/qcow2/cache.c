@@ -16,6 +16,7 @@
 #include "base/cleanup.h"
 #include "base/iov.h"
 #include "base/plant.h"
+#include "disk/event.h"
 #include "disk/io.h"
 
 #define SLICES_MIN 64       /* below this many, concurrent requests would push each other out */
@@ -249,6 +250,7 @@ static int load_co(struct qcow2_cache *c, enum qcow2_slice_kind kind, uint64_t h
     c->walk[kind] = (struct qcow2_walk){.next_host = host + (uint64_t)n * c->slice_bytes,
                                         .table = table,
                                         .at_end = (n - 1) * c->slice_bytes == ahead};
+    disk_event_co(c->file, kind == QCOW2_SLICE_L2 ? EVENT_l2_load : EVENT_refblock_load);
     int r = disk_preadv_co(c->file, host, (uint64_t)n * c->slice_bytes, iov, (int)n, 0);
     for (uint32_t i = 0; i < n; i++) {
         slices[i]->loading = false;

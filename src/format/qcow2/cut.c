@@ -23,6 +23,7 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -106,6 +107,7 @@ int qcow2_trim_file_co(struct qcow2 *s) {
 
 int qcow2_empty_co(struct node *n, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
+    disk_event_co(s->file, EVENT_empty_image_prepare);
     int r = qcow2_data_raw(s) ? -ENOTSUP : qcow2_cut_co(s, 0);
     if (!r)
         r = qcow2_trim_file_co(s);

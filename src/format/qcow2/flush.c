@@ -41,6 +41,7 @@
 #include "base/cleanup.h"
 #include "base/iov.h"
 #include "base/plant.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -169,7 +170,7 @@ static int check_places(struct qcow2 *s, struct qcow2_slice *const *v, size_t n)
 }
 
 /* Writes frozen slices, neighbours by one request. */
-static int write_slices_co(struct qcow2 *s, struct list *frozen) {
+static int write_slices_co(struct qcow2 *s, struct list *frozen, enum disk_event event) {
     size_t n = 0, i = 0;
     list_for_each(it, frozen) n++;
     if (!n)
@@ -188,12 +189,14 @@ static int write_slices_co(struct qcow2 *s, struct list *frozen) {
             iov[k] = (struct iovec){v[i]->frozen_data, s->cache.slice_bytes};
             end += s->cache.slice_bytes;
         }
+        disk_event_co(s->file, event);
         r = disk_pwritev_co(s->file, host, end - host, iov, k, 0);
     }
     return r;
 }
 
-static int write_sectors_co(struct qcow2 *s, uint64_t table, const struct sectors *x) {
+static int write_sectors_co(struct qcow2 *s, uint64_t table, const struct sectors *x,
+                            enum disk_event event) {
     int r = 0;
     for (size_t i = 0; !r && i < x->count;) {
         struct iovec iov[IOV_MAX_STRATA];
@@ -203,6 +206,7 @@ static int write_sectors_co(struct qcow2 *s, uint64_t table, const struct sector
             iov[k++] = (struct iovec){x->v[i].bytes, 512};
             i++;
         }
+        disk_event_co(s->file, event);
         r = disk_pwritev_co(s->file, table + (uint64_t)x->v[first].index * 512, (uint64_t)k * 512,
                             iov, k, 0);
     }
@@ -221,26 +225,26 @@ static int data_barrier_co(struct qcow2 *s) {
 
 static int picture_write_co(struct qcow2 *s, struct picture *p) {
     bool third = !list_empty(&p->reachable) || p->l1.count;
-    int r = PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks);
+    int r = PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks, EVENT_refblock_update_part);
     if (!r && !PLANTED(L1_BEFORE_L2))
-        r = write_slices_co(s, &p->fresh);
+        r = write_slices_co(s, &p->fresh, EVENT_l2_alloc_write);
     if (!r && (p->reftable.count || third) && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = barrier_co(s);
     if (!r && p->reftable.count) {
-        r = write_sectors_co(s, s->h.refcount_table_offset, &p->reftable);
+        r = write_sectors_co(s, s->h.refcount_table_offset, &p->reftable, EVENT_reftable_update);
         if (!r && third && !PLANTED(NO_BARRIER_AFTER_REFTABLE))
             r = barrier_co(s);
     }
     if (!r)
-        r = write_slices_co(s, &p->reachable);
+        r = write_slices_co(s, &p->reachable, EVENT_l2_update);
     if (!r && PLANTED(L1_BEFORE_L2))
-        r = write_slices_co(s, &p->fresh);
+        r = write_slices_co(s, &p->fresh, EVENT_l2_alloc_write);
     if (!r && !PLANTED(FLUSH_FORGETS_L1))
-        r = write_sectors_co(s, s->h.l1_table_offset, &p->l1);
+        r = write_sectors_co(s, s->h.l1_table_offset, &p->l1, EVENT_l1_update);
     if (!r && PLANTED(REFCOUNTS_LAST)) {
         r = barrier_co(s);
         if (!r)
-            r = write_slices_co(s, &p->refblocks);
+            r = write_slices_co(s, &p->refblocks, EVENT_refblock_update_part);
     }
     return r || PLANTED(NO_LAST_BARRIER) ? r : barrier_co(s);
 }
@@ -302,7 +306,7 @@ int qcow2_write_refblocks_co(struct qcow2 *s) {
     struct list frozen;
     list_init(&frozen);
     qcow2_cache_freeze(&s->cache, true, &frozen);
-    int r = write_slices_co(s, &frozen);
+    int r = write_slices_co(s, &frozen, EVENT_refblock_update_part);
     thaw(s, &frozen, !r);
     return r;
 }

@@ -27,6 +27,7 @@
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/plant.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "format/qcow2/layout.h"
 #include "format/qcow2/qcow2.h"
@@ -169,16 +170,19 @@ int qcow2_reftable_name_co(struct qcow2 *s, uint64_t host, uint64_t clusters) {
 
 /* Writes everything that the new table depends on, the table, then the header that names it. */
 static int switch_table_co(struct qcow2 *s, const struct new_table *t) {
+    disk_event_co(s->file, EVENT_refblock_alloc_write_blocks);
     int r = PLANTED(REFTABLE_NAMED_EARLY) ? qcow2_reftable_name_co(s, t->host, t->clusters)
                                           : qcow2_write_refblocks_co(s);
     if (!r)
         r = write_blocks_co(s, t);
+    disk_event_co(s->file, EVENT_refblock_alloc_write_table);
     if (!r)
         r = qcow2_table_write_co(s, t->host, t->table, t->entries, t->clusters << s->cluster_bits);
     if (!r && qcow2_ordered(s))
         r = disk_flush_co(s->file);
     if (r < 0)
         return r;
+    disk_event_co(s->file, EVENT_refblock_alloc_switch_table);
     /* A crash before this leaves the old table in force and the new clusters unused. */
     r = qcow2_reftable_name_co(s, t->host, t->clusters);
     if (r < 0) /* who knows which one storage holds: the old one must stay right */
@@ -227,6 +231,7 @@ int qcow2_grow_block_co(struct qcow2 *s, uint64_t bi) {
     uint64_t host = (bi << s->block_bits) << s->cluster_bits;
     int r = 0;
     task_mutex_lock_co(&s->grow_lock);
+    disk_event_co(s->file, EVENT_refblock_alloc);
     if (bi >= s->reftable_entries)
         r = grow_table_co(s, bi + 1);
     if (!r && !s->reftable[bi]) { /* else somebody, or the table's growth, has made it */

@@ -33,6 +33,7 @@
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/plant.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -69,6 +70,7 @@ static int copy_table_co(struct qcow2 *s, uint64_t from, uint64_t to) {
     uint8_t *buf = buf_get(s->cluster_size);
     if (!buf)
         return -ENOMEM;
+    disk_event_co(s->file, EVENT_l2_alloc_cow_read);
     int r = disk_pread_co(s->file, from, buf, s->cluster_size);
     if (!r)
         r = disk_pwrite_co(s->file, to, buf, s->cluster_size);

@@ -27,6 +27,7 @@
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/plant.h"
+#include "disk/event.h"
 #include "disk/io.h"
 #include "format/qcow2/qcow2.h"
 
@@ -106,6 +107,7 @@ static void drop_one(struct qcow2 *s, uint64_t cluster, struct qcow2_slice *slic
 
 int qcow2_release_co(struct qcow2 *s, uint64_t cluster, uint64_t count) {
     int ret = 0;
+    disk_event_co(s->file, EVENT_cluster_free);
     for (uint64_t i = 0; i < count; i++) {
         struct qcow2_slice *slice;
         uint32_t index;
@@ -216,6 +218,7 @@ int qcow2_alloc_co(struct qcow2 *s, uint64_t want, bool exact, uint64_t *host, u
     struct search q = {.pos = s->free_cursor, .want = want};
     uint64_t releases = s->releases;
     bool first = true;
+    disk_event_co(s->file, EVENT_cluster_alloc);
     /* Blocks of tiny clusters stand too close for a long table: it brings its own blocks along. */
     if (exact && want > ((uint64_t)1 << s->block_bits) / 2) {
         *got = want;

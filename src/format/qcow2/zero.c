@@ -6,13 +6,14 @@
  *
  *      entry was              set_zero            set_zero MAY_UNMAP   discard
  *      hole, layer below      zero flag           zero flag            stays (old content)
- *      hole, none below       stays               stays                stays
+ *      hole, none below       stays (2)           stays (2)            stays
  *      zero flag              stays               stays                stays
  *      zero flag and room     stays               zero flag            zero flag, or hole (1)
  *      data                   zero flag and room  zero flag            zero flag, or hole (1)
  *      coded                  zero flag           zero flag            zero flag, or hole (1)
  *
  *  (1) a hole where no layer is below, so that nothing old can shine through.
+ *  (2) the zero flag when it is asked for (ZERO_PRESENT).
  *
  * With subclusters the same holds for each subcluster of the range, in bits: "zero flag" is its
  * zero bit, a hole has neither bit, and the room is the cluster's, which is given back (MAY_UNMAP,
@@ -40,6 +41,7 @@
 
 struct change {
     bool discard, unmap;
+    bool mark; /* holes become zeros even where nothing is below */
     bool hole; /* every entry becomes a hole, for cut.c; goes with `discard` */
 };
 
@@ -54,7 +56,7 @@ static int changed_value(const struct qcow2 *s, const struct change *c, uint64_t
         return -EIO;
     case QCOW2_CLUSTER_NONE:
     case QCOW2_CLUSTER_ROOM:
-        if (qcow2_has_backing(s) && !c->discard)
+        if ((qcow2_has_backing(s) || (c->mark && flags)) && !c->discard)
             *out = QCOW2_ZERO;
         break;
     case QCOW2_CLUSTER_ZERO:
@@ -91,7 +93,7 @@ static int changed_subs(const struct qcow2 *s, const struct change *c, struct qc
     default:
         break;
     }
-    if (!c->discard && qcow2_has_backing(s))
+    if (!c->discard && (qcow2_has_backing(s) || c->mark))
         zero |= subs;
     else if (!c->discard || qcow2_has_backing(s))
         zero |= subs & data;
@@ -178,7 +180,7 @@ static int change_part_co(struct qcow2 *s, const struct change *c, uint64_t offs
     uint64_t start = align_down(offset, s->cluster_size), per_slice = (uint64_t)1 << s->slice_bits;
     p.count = (uint32_t)min_u64(qcow2_clusters_for(s, end - start), per_slice - p.index);
     *next = p.end = min_u64(end, start + ((uint64_t)p.count << s->cluster_bits));
-    if (!slice && (c->discard || !qcow2_has_backing(s))) {
+    if (!slice && (c->discard || (!qcow2_has_backing(s) && !c->mark))) {
         uint64_t span = (uint64_t)1 << (s->cluster_bits + s->l2_bits);
         *next = align_down(offset, span) + span; /* a table's worth of holes, which stay */
         return 0;
@@ -209,7 +211,8 @@ static void data_drop_co(struct qcow2 *s, uint64_t offset, uint64_t length) {
 
 int qcow2_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct qcow2 *s = qcow2_of(n);
-    const struct change c = {.unmap = zero_flags & ZERO_MAY_UNMAP};
+    const struct change c = {.unmap = zero_flags & ZERO_MAY_UNMAP,
+                             .mark = zero_flags & ZERO_PRESENT && s->h.version >= 3};
     if (s->h.version < 3 && qcow2_has_backing(s))
         return -ENOTSUP;
     if (qcow2_data_raw(s)) {
