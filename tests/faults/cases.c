@@ -22,6 +22,7 @@
 #include "disk/node.h"
 #include "disk/open.h"
 #include "disk/overlay.h"
+#include "disk/snapshot.h"
 #include "faults.h"
 #include "job/compare.h"
 #include "job/copy.h"
@@ -445,6 +446,65 @@ static int case_repair(struct trial *t) {
     return r;
 }
 
+/* What it promises when it returns 0: all that was written is on stable storage. */
+static int snapshot_co(struct trial *t, struct node *n, const char *name) {
+    struct snapshot_info info = {.name = xstrdup(name), .icount = SNAPSHOT_ICOUNT_UNKNOWN};
+    int r = disk_snapshot_create_co(n, &info, &t->e);
+    snapshot_info_free(&info);
+    for (uint64_t b = 0; !r && b < BLOCKS; b++)
+        if (!t->maybe[b])
+            t->was[b] = t->will[b];
+    return r;
+}
+
+static int snapshots_are_co(struct trial *t, struct node *n, size_t count) {
+    AUTO_SNAPSHOTS struct snapshot_list list = {0};
+    int r = disk_snapshot_list_co(n, &list, &t->e);
+    if (!r && list.count != count)
+        say(t, "%zu snapshots are listed, not %zu", list.count, count);
+    return r;
+}
+
+static int snapshot_steps_co(struct trial *t, struct node *n) {
+    static uint32_t then[BLOCKS];
+    int r = write_co(t, n, 10, 30);
+    r = r ? r : snapshot_co(t, n, "a");
+    memcpy(then, t->will, sizeof(then));
+    r = r ? r : write_co(t, n, 0, 3);
+    r = r ? r : write_co(t, n, 20, 60);
+    r = r ? r : flush_co(t, n);
+    r = r ? r : snapshot_co(t, n, "b");
+    r = r ? r : write_co(t, n, 130, 20);
+    r = r ? r : flush_co(t, n);
+    if (r < 0)
+        return r;
+    memcpy(t->will, then, sizeof(then));
+    r = disk_snapshot_apply_co(n, "1", &t->e);
+    if (r < 0)
+        return r;
+    memcpy(t->was, then, sizeof(then));
+    r = disk_snapshot_delete_co(n, "1", &t->e);
+    r = r ? r : write_co(t, n, 12, 5);
+    r = r ? r : flush_co(t, n);
+    r = r ? r : snapshots_are_co(t, n, 1);
+    r = r ? r : disk_snapshot_delete_co(n, "2", &t->e);
+    return r ? r : snapshots_are_co(t, n, 0);
+}
+
+static int case_snapshot(struct trial *t) {
+    WITH(t, n, "top.qcow2", OPEN_RW);
+    r = snapshot_steps_co(t, n);
+    node_unref_co(n);
+    return r;
+}
+
+static int case_snapshot_small(struct trial *t) {
+    WITH(t, n, "small.qcow2", OPEN_RW);
+    r = snapshot_steps_co(t, n);
+    node_unref_co(n);
+    return r;
+}
+
 const struct fault_case fault_cases[] = {
     {"open", "top.qcow2", NULL, case_open},
     {"read", "top.qcow2", NULL, case_read},
@@ -473,6 +533,8 @@ const struct fault_case fault_cases[] = {
     {"bitmap", "small.qcow2", NULL, case_bitmap},
     {"bitmap-doubt", "small.qcow2", NULL, case_bitmap_doubt},
     {"repair", "hurt.qcow2", NULL, case_repair},
+    {"snapshot", "top.qcow2", NULL, case_snapshot},
+    {"snapshot-small", "small.qcow2", NULL, case_snapshot_small},
     {0},
 };
 

@@ -31,7 +31,7 @@ static struct shift_header header_now(const struct qcow2 *s) {
 }
 
 int shift_begin_co(struct shift *t, struct qcow2 *s, struct err *e) {
-    *t = (struct shift){.s = s, .e = e};
+    *t = (struct shift){.s = s, .e = e, .file_size = UINT64_MAX};
     int r = qcow2_writeback_all_co(s);
     if (s->corrupt)
         return err_set(e, EIO, "damage was met in this image: it accepts no more changes");
@@ -277,6 +277,8 @@ int shift_switch_co(struct shift *t) {
 static void give_back_co(struct shift *t) {
     struct qcow2 *s = t->s;
     if (t->unknown) /* storage may name them: nobody must use them */
+        return;
+    if (!t->fresh.count)
         return;
     for (size_t i = 0; i < t->fresh.count; i++)
         qcow2_meta_remove(s, t->fresh.v[i].cluster << s->cluster_bits,
