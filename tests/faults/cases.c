@@ -416,7 +416,7 @@ static int case_bitmap_doubt(struct trial *t) {
     r = r ? r : write_co(t, n, 100, 1);
     int second = first || r ? r : bitmap_store_co(n, &t->e);
     r = r ? r : write_co(t, n, 200, 1);
-    r = r ? r : flush_co(t, n);
+    int flushed = r ? r : flush_co(t, n);
     copy_as_is(t, "small.qcow2", "cut.qcow2");
     node_unref_co(n);
     if (!r) {
@@ -432,7 +432,7 @@ static int case_bitmap_doubt(struct trial *t) {
             node_unref_co(n);
     }
     unlink(path(t, "cut.qcow2"));
-    return r ? r : first ? first : second;
+    return r ? r : first ? first : second ? second : flushed;
 }
 
 /* Reference counts were lost; what the guest reads was not. */
