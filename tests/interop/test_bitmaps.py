@@ -178,6 +178,29 @@ def test_qemu_and_strata_write_in_turns(run, io, qio, peer, bits, tmp_path, seed
     peer("qemu-img", "check", path)
 
 
+@pytest.mark.parametrize("how", [[], ["-c"], ["-C"], ["-m", "1"]])
+def test_conversions_into_an_image_are_recorded(run, io, bits, tmp_path, how):
+    """Coded units, and what the storage copies by itself, are writes too."""
+    src, dst = tmp_path / "s.qcow2", tmp_path / "d.qcow2"
+    run("create", "-f", "qcow2", src, "8M")
+    io(src, "write -P 1 1M 128k", "write -P 2 5M 1M")
+    run("create", "-f", "qcow2", dst, "8M")
+    run("bitmap", "--add", dst, "b")
+    run("convert", "-n", "--target-is-zero", *how, "-O", "qcow2", src, dst)
+    assert bits(dst, "b") == [(MIB, 128 * KIB), (5 * MIB, MIB)]
+
+
+def test_writes_of_zeros_that_are_detected_are_recorded(strata, bits, run, tmp_path):
+    path = tmp_path / "a.qcow2"
+    run("create", "-f", "qcow2", path, "8M")
+    run("bitmap", "--add", path, "b")
+    with Server(strata, path, "-f", "qcow2", "--detect-zeroes", "unmap", "-t",
+                socket_path=tmp_path / "s") as s:
+        subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 0 1M 64k", "-c", "write -P 5 3M 64k", s.uri],
+                       check=True, stdout=subprocess.DEVNULL)
+    assert bits(path, "b") == [(MIB, 64 * KIB), (3 * MIB, 64 * KIB)]
+
+
 def test_a_disabled_bitmap_records_nothing_and_an_enabled_one_does_again(run, io, bits, tmp_path):
     path = tmp_path / "a.qcow2"
     run("create", "-f", "qcow2", path, "4M")
