@@ -838,6 +838,7 @@ def test_damage_is_named_or_refused_and_the_disk_can_be_read(run, io, tmp_path, 
         io(path, "write 128k 64k")
 
 
+@pytest.mark.plain_build
 def test_many_bitmaps_that_name_one_table_take_no_memory_to_speak_of(run, tmp_path, strata):
     """A directory of 60,000 bitmaps, all of them over the same clusters."""
     path = tmp_path / "a.qcow2"
