@@ -166,7 +166,8 @@ int bitmap_load_co(struct bitmap *b, struct err *e) {
     r = b->node->drv->format->bitmap_load_co(b, e);
     if (r < 0) {
         char *name AUTO_FREE = safe_name(b->name);
-        return err_prefix(e, "bitmap '%s'", name);
+        err_prefix(e, "bitmap '%s'", name); /* 0 without an e: not to be returned */
+        return r;
     }
     b->loaded = true;
     return 0;
@@ -405,7 +406,9 @@ int bitmap_store_co(struct node *n, struct err *e) {
     bitmap_set_update(set);
     task_mutex_unlock(&set->arm_lock);
     node_resume(n);
-    return r < 0 ? err_prefix(e, "storing the bitmaps") : 0;
+    if (r < 0)
+        err_prefix(e, "storing the bitmaps");
+    return r;
 }
 
 /* ---------------------------------------------------------------- resize */
@@ -421,7 +424,10 @@ int bitmap_resize_begin_co(struct node *n, uint64_t size, struct err *e) {
             r = bitmap_check_size(size, b->granularity_bits, e);
         b->arm = !r;
     }
-    return r < 0 ? err_prefix(e, "the disk's size cannot change") : arm_wanted_co(set, e);
+    if (!r)
+        return arm_wanted_co(set, e);
+    err_prefix(e, "the disk's size cannot change");
+    return r;
 }
 
 void bitmap_resize_end(struct node *n) {
