@@ -694,6 +694,8 @@ def normal(text):
     text = re.sub(r"#block\d+", "NODE", text)
     text = re.sub(r"(disk size:) .*", r"\1 N", text)
     text = re.sub(r"Image end offset: \d+", "", text)
+    text = re.sub(r'^( *)"children": \[\n(\1 .*\n)*\1\],\n', "", text, flags=re.M)  # QEMU 8 and later
+    text = re.sub(r"^Child node '/file':\n(    .*\n)*", "", text, flags=re.M)
     return re.sub(r'"actual-size": \d+', '"actual-size": 0', text)
 
 
