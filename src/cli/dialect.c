@@ -309,6 +309,12 @@ void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *form
             strbuf_puts(&b, "Could not open backing file: ");
         inside = true;
     }
+    const char *data = "data file '", *data_end = strstr(text, "': ");
+    if (!strncmp(text, data, strlen(data)) && data_end) {
+        free(at_file);
+        at_file = xstrndup(text + strlen(data), data_end - text - strlen(data));
+        text = data_end + 3;
+    }
     if (e->code == EAGAIN) {
         put_lock(&b, text, !inside && strstr(e->hint ? e->hint : "", "two writers"));
         hint = at_file;

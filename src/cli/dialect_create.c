@@ -35,10 +35,10 @@ static const struct shown qcow2_keys[] = {
     {"compression_type", "zlib"},
     {"size", NULL},
     {"compat", NULL},
-    {"data_file", NULL},
-    {"data_file_raw", NULL},
     {"backing_file", NULL},
     {"backing_fmt", NULL},
+    {"data_file", NULL},
+    {"data_file_raw", NULL},
     {"lazy_refcounts", "off"},
     {"refcount_bits", "16"},
     {NULL, NULL},
@@ -182,6 +182,37 @@ static char *backing_reason(const struct err *e, const char *text, const char **
     return NULL;
 }
 
+#define FROM_V3 " compatibility level 1.1 and above (use version=v3 or greater)"
+
+/* Options of qcow2 that do not go together. */
+static char *rule_reason(const char *text) {
+    static const struct {
+        const char *ours, *theirs;
+    } rules[] = {
+        {"extended_l2=on needs clusters",
+         "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"},
+        {"extended_l2=on needs compat", "Extended L2 entries are only supported with" FROM_V3},
+        {"data_file needs compat", "External data files are only supported with" FROM_V3},
+        {"data_file_raw=on needs data_file", "data-file-raw requires data-file"},
+        {"data_file_raw=on and a backing file",
+         "Backing file and data-file-raw cannot be used at the same time"},
+        {"would hide the backing file", "Backing file and preallocation can only be used at the "
+                                        "same time if extended_l2 is on"},
+        {"lazy_refcounts=on needs compat", "Lazy refcounts only supported with" FROM_V3},
+        {" needs compat=1.1: version 2 images have 16 bits",
+         "Different refcount widths than 16 bits require compatibility level 1.1 or above (use "
+         "version=v3 or greater)"},
+        {"compression_type=zstd needs compat",
+         "Non-zlib compression type is only supported with" FROM_V3},
+        {"option 'refcount_bits': ",
+         "Refcount width must be a power of two and may not exceed 64 bits"},
+    };
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++)
+        if (strstr(text, rules[i].ours))
+            return xstrdup(rules[i].theirs);
+    return NULL;
+}
+
 static char *file_reason(const struct err *e, const char *name, const char *text,
                          const char **second, char **owned) {
     const char *why = behind(text, "cannot create a file in ");
@@ -214,6 +245,8 @@ void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *be
         reason = file_reason(e, name, text, &second, &owned);
     if (!reason)
         reason = option_reason(text, &second);
+    if (!reason)
+        reason = rule_reason(text);
     if (!reason)
         reason = xstrdup(text);
     int code = e->code;

@@ -72,7 +72,7 @@ static int refuse(struct err *e, const char *claimed, const char *why, const cha
     err_set(e, EPERM, "the image names '%s', which %s", b.s, why);
     err_hint(e,
              "if you trust this image, allow it with --trust %s; or leave the name out of it by "
-             "giving the backing file yourself",
+             "giving that file yourself",
              level);
     return -EPERM;
 }

@@ -447,3 +447,28 @@ def test_an_entry_without_copied_is_written_where_it_is(run, peer, tmp_path):
     io(run, image, "write -P 8 65k 1k", "read -P 7 64k 1k", "read -P 8 65k 1k", "read -P 7 66k 62k")
     assert q.l2(1) == COPIED | 64 * K
     clean(run, peer, image)
+
+
+# ---------------------------------------------------------------- the drop-in name
+
+@pytest.mark.parametrize("args", [
+    "create -f qcow2 -o extended_l2=on,cluster_size=4k a 1M",
+    "create -f qcow2 -o extended_l2=on,compat=0.10 a 1M",
+    "create -f qcow2 -o data_file_raw=on a 1M",
+    "create -f qcow2 -o data_file=d,compat=0.10 a 1M",
+    "create -f qcow2 -o data_file=d,data_file_raw=on -b base -F raw a 1M",
+    "create -f qcow2 -o preallocation=metadata -b base -F raw a 1M",
+    "create -f qcow2 -o data_file=d a 1M",
+    "info gone", "map gone", "convert -O raw gone z", "resize gone 2M",
+])
+def test_the_drop_in_name_says_it_in_qemu_imgs_words(peer, qemu_img, tmp_path, args):
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=gone.d", "gone", "1M",
+         cwd=tmp_path)
+    (tmp_path / "gone.d").unlink()
+    (tmp_path / "base").write_bytes(b"x" * 512)
+    said = []
+    for program in ("qemu-img", tmp_path / "bin/qemu-img"):
+        p = subprocess.run([program, *args.split()], cwd=tmp_path, capture_output=True, text=True)
+        said.append((p.returncode, [l for l in p.stdout.splitlines() if "disk size" not in l],
+                     p.stderr))
+    assert said[0] == said[1]
