@@ -12,6 +12,7 @@
     X(vpc)                                                                                         \
     X(bochs)                                                                                       \
     X(cloop)                                                                                       \
+    X(qcow)                                                                                        \
     X(qed)                                                                                         \
     X(file)                                                                                        \
     X(host_device)                                                                                 \

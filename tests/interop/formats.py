@@ -18,6 +18,7 @@ class Shape:
     peer_writes: bool = True
     backing: bool = False   # may have a backing file
     exact: bool = True      # any size in sectors is kept
+    sets_backing: bool = True  # and record another backing file, and another size
     size: int = 21 * MIB    # of the disks that tests make
 
     def __str__(self):
@@ -31,6 +32,7 @@ SHAPES = [
     Shape("vpc", checked=False, exact=False),
     Shape("vpc", "force_size=on", "force_size=on", checked=False),
     Shape("vpc", "subformat=fixed,force_size=on", "subformat=fixed,force_size=on", checked=False),
+    Shape("qcow", backing=True, checked=False, sets_backing=False),
     Shape("qed", backing=True),
     # Beyond 16 MiB of such clusters qemu-img finds leaks in what it wrote itself.
     Shape("qed", "cluster_size=4k,table_size=2", "cluster_size=4k,table_size=2", backing=True,

@@ -62,7 +62,7 @@ def test_random_writes_over_a_shorter_backing_file_agree_with_the_model(run, pee
         verdict(run, peer, image, model, tmp_path, shape.fmt, shape.checked)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.backing], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.backing and s.sets_backing], ids=str)
 def test_growth_over_a_longer_backing_file_shows_zeros(run, peer, tmp_path, shape):
     image, base = tmp_path / "image", tmp_path / "base.raw"
     base.write_bytes(b"\x55" * 6 * MIB)
@@ -74,7 +74,7 @@ def test_growth_over_a_longer_backing_file_shows_zeros(run, peer, tmp_path, shap
     peer("qemu-io", "-f", shape.fmt, "-c", reads[0], "-c", reads[1], image)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.backing], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.backing and s.sets_backing], ids=str)
 def test_another_backing_file_is_recorded(run, peer, tmp_path, shape):
     image, base, other = tmp_path / "image", tmp_path / "base.raw", tmp_path / ("o" * 200)
     base.write_bytes(b"\x55" * MIB)
@@ -99,4 +99,5 @@ def test_an_overlay_is_committed_into_its_base_of_the_same_format(run, peer, tmp
     status = run("map", "--output=json", "--trust", "local", image).stdout
     assert '"depth": 0' not in status
     run("io", "--trust", "local", "-c", "write -q -P 4 2M 64k", "-c", "read -q -P 3 1M 100k", image)
-    peer("qemu-img", "check", "-f", shape.fmt, image)
+    if shape.checked:
+        peer("qemu-img", "check", "-f", shape.fmt, image)
