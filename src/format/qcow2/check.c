@@ -11,9 +11,10 @@
  *   3. the L2 tables are walked: entries checked, their clusters counted;
  *   4. stored and found counts are compared.
  *
- * Nothing is trusted.  Memory: four counts (one bit a cluster at first, see counts.h) of at most as
- * many clusters as the file has; a name outside the file is a corruption and not counted.  Tables
- * are read in pieces of 1 MiB, neighbours together, each table once however many entries name it.
+ * Nothing is trusted.  Memory: two counts (one bit a cluster at first, see counts.h) of at most as
+ * many clusters as the file has, and of metadata's clusters alone three more; a name outside the
+ * file is a corruption and not counted.  Tables are read in pieces of 1 MiB, neighbours together,
+ * each table once however many entries name it.
  *
  * Verdict: as qemu-img check's.  Leak: stored > found.  Corruption: stored < found, COPIED flag of
  * the active tables unlike (stored == 1), unaligned, reserved bits, outside the file, a refcount
@@ -147,24 +148,30 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
 /* `words` 64-bit words of counts that begin with that of `cluster`. */
 static int load_words(struct check *c, const uint8_t *p, uint64_t words, uint64_t cluster) {
     uint32_t order = c->s->refcount_order, per_word = 64u >> order;
-    uint64_t end = c->stored.clusters, ones = 0, run = 0, word;
-    for (unsigned i = 0; i < per_word; i++)
-        qcow2_refcount_set((uint8_t *)&ones, i, order, 1);
-    for (uint64_t w = 0; w < words && cluster < end; w++, cluster += per_word) {
+    uint64_t end = c->stored.clusters, run = 0, run_word = 0, run_value = 0, word;
+    int r = 0;
+    for (uint64_t w = 0; !r && w < words && cluster < end; w++, cluster += per_word) {
         memcpy(&word, p + w * 8, 8);
-        if (word == ones && end - cluster >= per_word) {
+        if (run && word == run_word && end - cluster >= per_word) {
             run += per_word;
             continue;
         }
-        int r = counts_add(&c->stored, cluster - run, run, 1);
+        r = counts_add(&c->stored, cluster - run, run, run_value);
         run = 0;
+        bool alike = end - cluster >= per_word;
+        uint64_t first = qcow2_refcount_get(p + w * 8, 0, order);
+        for (uint64_t i = 1; alike && i < per_word; i++)
+            alike = qcow2_refcount_get(p + w * 8, i, order) == first;
+        if (alike) {
+            run = per_word;
+            run_word = word;
+            run_value = first;
+            continue;
+        }
         for (uint64_t i = 0; !r && word && i < min_u64(per_word, end - cluster); i++)
-            r = counts_add(&c->stored, cluster + i, 1,
-                           qcow2_refcount_get((const uint8_t *)&word, i, order));
-        if (r)
-            return r;
+            r = counts_add(&c->stored, cluster + i, 1, qcow2_refcount_get(p + w * 8, i, order));
     }
-    return counts_add(&c->stored, cluster - run, run, 1);
+    return r ? r : counts_add(&c->stored, cluster - run, run, run_value);
 }
 
 /* `count` refcount blocks that follow one another in the file too, from table entry `first` on. */

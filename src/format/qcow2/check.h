@@ -85,7 +85,7 @@ void check_overlapped(struct check *c, uint64_t cluster, uint64_t count);
 /* check_l2.c */
 int check_l1_entries_co(struct check *c); /* names of L2 tables, before they are walked */
 int check_active_l2_co(struct check *c);  /* the active tables: everything */
-int check_inactive_l2_co(struct check *c, uint64_t offset, uint64_t names, bool quiet);
+int check_inactive_l2_co(struct check *c, uint64_t offset, uint64_t names);
 
 /* check_extra.c */
 int check_snapshots_co(struct check *c);

@@ -5,7 +5,7 @@
  *
  * Snapshots share L2 tables with the active image and with one another.  All their L1 entries are
  * gathered and sorted, so that each distinct L2 table is read once and counted as many times as it
- * is named.
+ * is named; those that are active, too, with the active ones.
  *
  * Source: the public qcow2 specification ("Snapshots", "Bitmaps").
  */
@@ -139,14 +139,13 @@ int check_snapshots_co(struct check *c) {
 }
 
 int check_inactive_co(struct check *c) {
-    const struct check_tables *in = &c->inactive;
-    check_tables_sort(&c->inactive);
+    const struct check_tables *in = &c->inactive; /* sorted since the active ones were walked */
     for (size_t i = 0; i < in->count;) {
         size_t n = 1;
         while (i + n < in->count && in->offsets[i + n] == in->offsets[i])
             n++;
-        uint64_t marks = counts_get(&c->l2, in->offsets[i] >> c->s->cluster_bits);
-        int r = check_inactive_l2_co(c, in->offsets[i], n, marks & 1);
+        bool active = counts_get(&c->l2, in->offsets[i] >> c->s->cluster_bits) & 1;
+        int r = active ? 0 : check_inactive_l2_co(c, in->offsets[i], n);
         if (r)
             return r;
         i += n;

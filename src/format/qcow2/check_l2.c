@@ -85,8 +85,8 @@ int check_l1_entries_co(struct check *c) {
 struct l2_walk {
     struct check *c;
     bool active;    /* flags count for fragmentation, COPIED is checked */
-    bool quiet;     /* walked before: only count */
-    uint64_t names; /* L1 tables that name this table */
+    uint64_t names; /* L1 tables that name this table, and how often */
+    uint64_t times; /* of these, entries of the active one */
     uint64_t guest; /* of the next entry */
     uint64_t next;  /* where data would continue without a gap; 0: none yet */
     uint64_t run_entry, run, run_guest;
@@ -115,7 +115,7 @@ static void check_copied(struct l2_walk *w, uint64_t first) {
 /* Data and metadata in the same clusters, reported each. */
 static void check_overlap(struct l2_walk *w, uint64_t guest, uint64_t first, uint64_t n) {
     struct check *c = w->c;
-    if (w->quiet || (counts_all_zero(&c->fixed, first, n) && counts_all_zero(&c->l2, first, n)))
+    if (counts_all_zero(&c->fixed, first, n) && counts_all_zero(&c->l2, first, n))
         return;
     check_overlapped(c, first, n);
     for (uint64_t k = 0; k < n; k++)
@@ -132,7 +132,7 @@ static void check_overlap(struct l2_walk *w, uint64_t guest, uint64_t first, uin
 /* A data file's clusters are not counted: they lie where the guest sees them. */
 static int run_end_apart(struct l2_walk *w) {
     uint64_t offset = w->run_entry & QCOW2_OFFSET_MASK, n = w->run;
-    for (uint64_t k = 0; offset != w->run_guest && k < n && !w->quiet; k++)
+    for (uint64_t k = 0; offset != w->run_guest && k < n; k++)
         check_corruption(w->c,
                          "L2 entry for guest offset %" PRIu64 ": offset %" PRIu64
                          " in the data file is not the guest's own",
@@ -150,8 +150,8 @@ static int run_end(struct l2_walk *w) {
     if (!n)
         return 0;
     if (w->active) {
-        c->r->allocated_clusters += n * w->names;
-        c->r->fragmented_clusters += w->next && w->next != offset ? w->names : 0;
+        c->r->allocated_clusters += n * w->times;
+        c->r->fragmented_clusters += w->next && w->next != offset ? w->times : 0;
         w->next = offset + (n << c->s->cluster_bits);
     }
     if (qcow2_data_apart(c->s))
@@ -159,7 +159,7 @@ static int run_end(struct l2_walk *w) {
     uint64_t inside = first < c->file_clusters ? min_u64(n, c->file_clusters - first) : 0;
     if (inside < n)
         check_outside(c, first + inside, n - inside);
-    for (uint64_t k = inside; k < n && !w->quiet; k++)
+    for (uint64_t k = inside; k < n; k++)
         check_corruption(c,
                          "L2 entry for guest offset %" PRIu64 ": its cluster at offset %" PRIu64
                          " is outside the file, which ends at %" PRIu64,
@@ -181,31 +181,29 @@ static int check_coded(struct l2_walk *w, uint64_t entry) {
     uint32_t length;
     qcow2_coded_decode(c->s->cluster_bits, entry, &host, &length);
     if (qcow2_data_apart(c->s)) {
-        if (!w->quiet)
-            check_corruption(c,
-                             "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
-                             " is compressed, in an image whose data lie in a file of their own",
-                             w->guest, entry);
+        check_corruption(c,
+                         "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
+                         " is compressed, in an image whose data lie in a file of their own",
+                         w->guest, entry);
         return 0;
     }
     if (w->active) {
-        c->r->allocated_clusters += w->names;
-        c->r->compressed_clusters += w->names;
-        c->r->fragmented_clusters += w->names;
+        c->r->allocated_clusters += w->times;
+        c->r->compressed_clusters += w->times;
+        c->r->fragmented_clusters += w->times;
     }
-    if (entry & QCOW2_COPIED && !w->quiet)
+    if (entry & QCOW2_COPIED)
         check_corruption(c,
                          "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
                          " is compressed and must not have the COPIED flag",
                          w->guest, entry);
     if (!check_inside(c, host, length)) {
         check_outside(c, host >> c->s->cluster_bits, 3);
-        if (!w->quiet)
-            check_corruption(c,
-                             "L2 entry for guest offset %" PRIu64
-                             ": compressed data, up to %" PRIu32 " bytes at offset %" PRIu64
-                             ", are outside the file, which ends at %" PRIu64,
-                             w->guest, length, host, c->file_length);
+        check_corruption(c,
+                         "L2 entry for guest offset %" PRIu64 ": compressed data, up to %" PRIu32
+                         " bytes at offset %" PRIu64
+                         ", are outside the file, which ends at %" PRIu64,
+                         w->guest, length, host, c->file_length);
         return 0;
     }
     uint64_t first = host >> c->s->cluster_bits;
@@ -221,11 +219,11 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
     if (entry & QCOW2_COMPRESSED)
         return check_coded(w, entry);
     uint64_t reserved = L2_RESERVED | (qcow2_extended(c->s) ? QCOW2_ZERO : 0);
-    if (entry & reserved && !w->quiet)
+    if (entry & reserved)
         check_corruption(
             c, "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64 " has reserved bits set",
             w->guest, entry);
-    if (entry & QCOW2_ZERO && c->s->h.version < 3 && !w->quiet)
+    if (entry & QCOW2_ZERO && c->s->h.version < 3)
         check_corruption(c,
                          "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
                          " has the zero flag, which version 2 does not have",
@@ -237,7 +235,7 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
         return 0;
     }
     if (!offset) {
-        if (entry & QCOW2_COPIED && !(entry & QCOW2_ZERO) && !w->quiet)
+        if (entry & QCOW2_COPIED && !(entry & QCOW2_ZERO))
             check_corruption(c,
                              "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
                              " has the COPIED flag but no cluster",
@@ -245,12 +243,11 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
         return 0;
     }
     if (!is_aligned(offset, c->s->cluster_size)) {
-        if (!w->quiet)
-            check_corruption(c,
-                             "L2 entry for guest offset %" PRIu64 ": offset %" PRIu64
-                             " is not a multiple of the cluster size %" PRIu32,
-                             w->guest, offset, c->s->cluster_size);
-        c->r->allocated_clusters += w->active ? w->names : 0;
+        check_corruption(c,
+                         "L2 entry for guest offset %" PRIu64 ": offset %" PRIu64
+                         " is not a multiple of the cluster size %" PRIu32,
+                         w->guest, offset, c->s->cluster_size);
+        c->r->allocated_clusters += w->times;
         if (qcow2_data_apart(c->s))
             return 0;
         if (check_inside(c, offset, c->s->cluster_size))
@@ -268,8 +265,6 @@ static int check_entry(struct l2_walk *w, uint64_t entry) {
 static void check_bitmap(struct l2_walk *w, struct qcow2_l2e e) {
     uint32_t data = (uint32_t)e.bitmap, zero = (uint32_t)(e.bitmap >> 32);
     const char *what = NULL;
-    if (w->quiet)
-        return;
     if (e.value & QCOW2_COMPRESSED && e.bitmap)
         what = "is compressed, and its subclusters must have no bits";
     else if (data & zero)
@@ -344,15 +339,29 @@ static int walk_tables_co(struct check *c, uint64_t l1_index, uint64_t count, ui
                 return r;
         }
         offset += some;
-        if (!w->quiet)
-            check_progress(c, some);
+        check_progress(c, some);
     }
     return 0;
+}
+
+/* Walked with the active tables: `offset` from entry i on, and those that follow it everywhere. */
+static uint64_t tables_alike(const struct check *c, uint64_t i, uint64_t names) {
+    const struct qcow2 *s = c->s;
+    uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, n = 1;
+    for (; i + n < s->l1_entries && !c->twice.count; n++) {
+        uint64_t next = offset + (n << s->cluster_bits);
+        if (c->l1_skip[(i + n) / 64] >> (i + n) % 64 & 1 ||
+            (s->l1[i + n] & QCOW2_OFFSET_MASK) != next ||
+            check_tables_names(&c->inactive, next) != names - 1)
+            break;
+    }
+    return n;
 }
 
 int check_active_l2_co(struct check *c) {
     struct qcow2 *s = c->s;
     int r = 0;
+    check_tables_sort(&c->inactive);
     for (uint64_t i = 0; !r && i < s->l1_entries;) {
         uint64_t skip = c->l1_skip[i / 64] >> i % 64 & 1;
         if (skip) {
@@ -360,19 +369,17 @@ int check_active_l2_co(struct check *c) {
             i++;
             continue;
         }
-        uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, n = 1;
-        while (i + n < s->l1_entries && !(c->l1_skip[(i + n) / 64] >> (i + n) % 64 & 1) &&
-               (s->l1[i + n] & QCOW2_OFFSET_MASK) == offset + (n << s->cluster_bits) &&
-               !c->twice.count)
-            n++;
-        struct l2_walk w = {.active = true, .names = 1 + check_tables_names(&c->twice, offset)};
+        uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK;
+        struct l2_walk w = {.active = true, .times = 1 + check_tables_names(&c->twice, offset)};
+        w.names = w.times + check_tables_names(&c->inactive, offset);
+        uint64_t n = tables_alike(c, i, w.names);
         r = walk_tables_co(c, i, n, offset, &w);
         i += n;
     }
     return r;
 }
 
-int check_inactive_l2_co(struct check *c, uint64_t offset, uint64_t names, bool quiet) {
-    struct l2_walk w = {.names = names, .quiet = quiet};
+int check_inactive_l2_co(struct check *c, uint64_t offset, uint64_t names) {
+    struct l2_walk w = {.names = names};
     return walk_tables_co(c, 0, 1, offset, &w);
 }

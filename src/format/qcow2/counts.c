@@ -12,16 +12,37 @@
 enum {
     PAGE_BITS = 12,
     PAGE_CLUSTERS = 1 << PAGE_BITS,
-    PAGE_WORDS = PAGE_CLUSTERS / 64,
     BYTE_BIG = 255, /* the number is in the hash table */
+    ORDER_BYTE = 3,
 };
-#define PAGE_BYTES_FLAG ((uintptr_t)1)
+/* A page's address carries log2 of the bits that its numbers have: 0 .. ORDER_BYTE. */
+#define PAGE_ORDER ((uintptr_t)3)
 
-static uint64_t *bits_of(uintptr_t page) {
-    return (uint64_t *)page;
+static unsigned order_of(uintptr_t page) {
+    return (unsigned)(page & PAGE_ORDER);
 }
-static uint8_t *bytes_of(uintptr_t page) {
-    return (uint8_t *)(page & ~PAGE_BYTES_FLAG);
+static uint64_t *words_of(uintptr_t page) {
+    return (uint64_t *)(page & ~PAGE_ORDER);
+}
+static size_t page_bytes(unsigned order) {
+    return (size_t)PAGE_CLUSTERS / 8 << order;
+}
+/* Largest number that a page can hold by itself. */
+static uint64_t order_max(unsigned order) {
+    return order == ORDER_BYTE ? BYTE_BIG - 1 : (1u << (1u << order)) - 1;
+}
+/* A word with 1 in each of its numbers. */
+static uint64_t ones_of(unsigned order) {
+    return UINT64_MAX / ((1u << (1u << order)) - 1);
+}
+static uint64_t field_get(const uint64_t *words, unsigned order, unsigned i) {
+    unsigned per = 64u >> order;
+    return words[i / per] >> (i % per << order) & ((1u << (1u << order)) - 1);
+}
+static void field_set(uint64_t *words, unsigned order, unsigned i, uint64_t value) {
+    unsigned per = 64u >> order, shift = i % per << order;
+    uint64_t mask = (uint64_t)((1u << (1u << order)) - 1) << shift;
+    words[i / per] = (words[i / per] & ~mask) | value << shift;
 }
 
 int counts_init(struct counts *c, uint64_t clusters) {
@@ -38,7 +59,7 @@ int counts_init(struct counts *c, uint64_t clusters) {
 void counts_free(struct counts *c) {
     if (c->pages)
         for (uint64_t i = 0; i <= c->clusters >> PAGE_BITS; i++)
-            free(bytes_of(c->pages[i]));
+            free(words_of(c->pages[i]));
     free(c->pages);
     free(c->big);
     memset(c, 0, sizeof(*c));
@@ -74,75 +95,72 @@ static int big_set(struct counts *c, uint64_t cluster, uint64_t value) {
 
 /* ---- one page ---- */
 
+/* Twice as many bits for each number. */
 static int page_widen(uintptr_t *page) {
-    uint8_t *bytes = calloc(1, PAGE_CLUSTERS);
-    if (!bytes)
+    unsigned order = order_of(*page);
+    const uint64_t *old = words_of(*page);
+    uint64_t *wide = calloc(1, page_bytes(order + 1));
+    if (!wide)
         return -ENOMEM;
-    if (*page) {
-        const uint64_t *bits = bits_of(*page);
-        for (unsigned i = 0; i < PAGE_CLUSTERS; i++)
-            bytes[i] = bits[i / 64] >> (i % 64) & 1;
-        free(bits_of(*page));
+    for (unsigned i = 0; i < PAGE_CLUSTERS; i++) {
+        uint64_t value = field_get(old, order, i);
+        if (value)
+            field_set(wide, order + 1, i, value);
     }
-    *page = (uintptr_t)bytes | PAGE_BYTES_FLAG;
+    free(words_of(*page));
+    *page = (uintptr_t)wide | (order + 1);
     return 0;
 }
 
-/* The bits of word `w` that belong to the clusters [first, first + n) of a page. */
-static uint64_t word_mask(unsigned w, unsigned first, unsigned n) {
-    unsigned low = w * 64, end = first + n;
-    uint64_t mask = UINT64_MAX;
-    if (first > low)
-        mask &= UINT64_MAX << (first - low);
-    if (end < low + 64)
-        mask &= UINT64_MAX >> (low + 64 - end);
-    return mask;
-}
-
-/* All of [first, first + n) of a page of bits were 0 and are now 1; false: nothing has changed. */
-static bool page_set_bits(uint64_t *bits, unsigned first, unsigned n) {
-    unsigned from = first / 64, to = (first + n - 1) / 64;
-    for (unsigned w = from; w <= to; w++)
-        if (bits[w] & word_mask(w, first, n))
-            return false;
-    for (unsigned w = from; w <= to; w++)
-        bits[w] |= word_mask(w, first, n);
-    return true;
-}
-
-static int page_add_bytes(struct counts *c, uint64_t base, uint8_t *bytes, unsigned first,
-                          unsigned n, uint64_t by) {
-    for (unsigned i = first; i < first + n; i++) {
-        uint64_t value = bytes[i];
-        if (value == BYTE_BIG)
-            value = big_place(c->big, c->big_cap, base + i)->value;
-        if (!ck_add(value, by, &value))
-            value = UINT64_MAX;
-        if (value >= BYTE_BIG) {
-            int r = big_set(c, base + i, value);
-            if (r)
-                return r;
-            value = BYTE_BIG;
+/* Adds to numbers [i, end), those that fit; the first one that does not, or `end`. */
+static unsigned page_add_some(uint64_t *words, unsigned order, unsigned i, unsigned end,
+                              uint64_t by) {
+    unsigned per = 64u >> order;
+    uint64_t max = order_max(order), ones = ones_of(order);
+    while (i < end) {
+        uint64_t *w = &words[i / per], value = field_get(words, order, i);
+        if (by > max - min_u64(value, max))
+            return i;
+        /* Numbers that are alike change together. */
+        if (i % per == 0 && end - i >= per && *w == value * ones) {
+            *w = (value + by) * ones;
+            i += per;
+        } else {
+            field_set(words, order, i++, value + by);
         }
-        bytes[i] = (uint8_t)value;
     }
-    return 0;
+    return end;
+}
+
+/* A number too large for a byte. */
+static int big_add(struct counts *c, uint64_t cluster, uint64_t *words, unsigned i, uint64_t by) {
+    uint64_t value = field_get(words, ORDER_BYTE, i);
+    if (value == BYTE_BIG)
+        value = big_place(c->big, c->big_cap, cluster)->value;
+    if (!ck_add(value, by, &value))
+        value = UINT64_MAX;
+    int r = big_set(c, cluster, value);
+    if (!r)
+        field_set(words, ORDER_BYTE, i, BYTE_BIG);
+    return r;
 }
 
 static int page_add(struct counts *c, uint64_t index, unsigned first, unsigned n, uint64_t by) {
     uintptr_t *page = &c->pages[index];
-    if (!(*page & PAGE_BYTES_FLAG)) {
-        if (by == 1) {
-            if (!*page && !(*page = (uintptr_t)calloc(PAGE_WORDS, sizeof(uint64_t))))
-                return -ENOMEM;
-            if (page_set_bits(bits_of(*page), first, n))
-                return 0;
-        }
-        int r = page_widen(page);
+    unsigned i = first, end = first + n;
+    if (!*page && !(*page = (uintptr_t)calloc(1, page_bytes(0))))
+        return -ENOMEM;
+    for (;;) {
+        unsigned order = order_of(*page);
+        i = page_add_some(words_of(*page), order, i, end, by);
+        if (i == end)
+            return 0;
+        int r = order < ORDER_BYTE ? page_widen(page)
+                                   : big_add(c, (index << PAGE_BITS) + i, words_of(*page), i, by);
         if (r)
             return r;
+        i += order == ORDER_BYTE;
     }
-    return page_add_bytes(c, index << PAGE_BITS, bytes_of(*page), first, n, by);
 }
 
 /* ---- ranges ---- */
@@ -170,43 +188,40 @@ int counts_add(struct counts *c, uint64_t first, uint64_t n, uint64_t by) {
 uint64_t counts_get(const struct counts *c, uint64_t cluster) {
     assert(cluster < c->clusters);
     uintptr_t page = c->pages[cluster >> PAGE_BITS];
-    unsigned i = cluster % PAGE_CLUSTERS;
     if (!page)
         return 0;
-    if (!(page & PAGE_BYTES_FLAG))
-        return bits_of(page)[i / 64] >> (i % 64) & 1;
-    uint64_t value = bytes_of(page)[i];
+    uint64_t value = field_get(words_of(page), order_of(page), cluster % PAGE_CLUSTERS);
     return value == BYTE_BIG ? big_place(c->big, c->big_cap, cluster)->value : value;
 }
 
 bool counts_word(const struct counts *c, uint64_t cluster, uint64_t *bits) {
     uintptr_t page = c->pages[cluster >> PAGE_BITS];
-    *bits = !page || page & PAGE_BYTES_FLAG ? 0 : bits_of(page)[cluster % PAGE_CLUSTERS / 64];
-    return !(page & PAGE_BYTES_FLAG);
+    bool narrow = order_of(page) == 0;
+    *bits = page && narrow ? words_of(page)[cluster % PAGE_CLUSTERS / 64] : 0;
+    return narrow;
 }
 
-static bool page_all(uintptr_t page, unsigned first, unsigned n, unsigned value) {
+/* Whether each of the numbers is `value` (want) or none of them is (!want). */
+static bool page_all(uintptr_t page, unsigned first, unsigned n, unsigned value, bool want) {
     if (!page)
-        return value == 0;
-    if (page & PAGE_BYTES_FLAG) {
-        for (unsigned i = first; i < first + n; i++)
-            if (bytes_of(page)[i] != value)
-                return false;
-        return true;
-    }
-    for (unsigned w = first / 64; w <= (first + n - 1) / 64; w++) {
-        uint64_t mask = word_mask(w, first, n);
-        if ((bits_of(page)[w] & mask) != (value ? mask : 0))
+        return (value == 0) == want;
+    unsigned order = order_of(page), per = 64u >> order, end = first + n;
+    const uint64_t *words = words_of(page);
+    uint64_t ones = ones_of(order);
+    for (unsigned i = first; i < end;) {
+        uint64_t found = field_get(words, order, i);
+        if ((found == value) != want)
             return false;
+        i += i % per == 0 && end - i >= per && words[i / per] == found * ones ? per : 1;
     }
     return true;
 }
 
-static bool all(const struct counts *c, uint64_t first, uint64_t n, unsigned value) {
+static bool all(const struct counts *c, uint64_t first, uint64_t n, unsigned value, bool want) {
     assert(first <= c->clusters && n <= c->clusters - first);
     while (n) {
         unsigned some = piece(first, n);
-        if (!page_all(c->pages[first >> PAGE_BITS], first % PAGE_CLUSTERS, some, value))
+        if (!page_all(c->pages[first >> PAGE_BITS], first % PAGE_CLUSTERS, some, value, want))
             return false;
         first += some;
         n -= some;
@@ -215,17 +230,20 @@ static bool all(const struct counts *c, uint64_t first, uint64_t n, unsigned val
 }
 
 bool counts_all_one(const struct counts *c, uint64_t first, uint64_t n) {
-    return all(c, first, n, 1);
+    return all(c, first, n, 1, true);
+}
+bool counts_none_one(const struct counts *c, uint64_t first, uint64_t n) {
+    return all(c, first, n, 1, false);
 }
 bool counts_all_zero(const struct counts *c, uint64_t first, uint64_t n) {
-    return all(c, first, n, 0);
+    return all(c, first, n, 0, true);
 }
 
 /* The whole pages are equal, as far as can be said without looking at single clusters. */
 static bool pages_equal(uintptr_t a, uintptr_t b) {
-    if (!a || !b || (a & PAGE_BYTES_FLAG) || (b & PAGE_BYTES_FLAG))
+    if (!a || !b || order_of(a) != order_of(b))
         return !a && !b;
-    return !memcmp(bits_of(a), bits_of(b), PAGE_WORDS * sizeof(uint64_t));
+    return order_of(a) < ORDER_BYTE && !memcmp(words_of(a), words_of(b), page_bytes(order_of(a)));
 }
 
 uint64_t counts_difference(const struct counts *a, const struct counts *b, uint64_t from,

@@ -2,9 +2,10 @@
 /*
  * A number for every host cluster, mostly 0 or 1: what `check` counts references with.
  *
- * Pages of 4096 clusters, made when first touched: one bit a cluster while all its numbers are 0 or
- * 1 (512 bytes), one byte a cluster from the first larger one on; 255 and more live in a hash
- * table.  A 1 TiB image of 64 KiB clusters, all in use once, takes 2 MiB.
+ * Pages of 4096 clusters, made when first touched: one bit a cluster (512 bytes) while all its
+ * numbers are 0 or 1, then 2, 4 and 8 bits as they grow; 255 and more live in a hash table.  A 4 TiB
+ * image of 64 KiB clusters, all in use, takes 8 MiB; 16 MiB with a snapshot or two of all of it,
+ * 32 MiB with up to fourteen.
  *
  * Pure memory, no I/O.  The clusters of a call must be below `clusters` (asserted).
  */
@@ -22,7 +23,7 @@ struct counts_big {
 };
 struct counts {
     uint64_t clusters;
-    uintptr_t *pages; /* address of the page, bit 0: one byte a cluster; 0: all zero */
+    uintptr_t *pages; /* address of the page; low bits: see counts.c; 0: all zero */
     struct counts_big *big;
     size_t big_count, big_cap; /* cap: 0 or a power of two */
 };
@@ -33,8 +34,9 @@ void counts_free(struct counts *c);                   /* accepts a zeroed one */
 /* Adds `by` to each of [first, first + n); stays at UINT64_MAX.  -ENOMEM: some were added. */
 int counts_add(struct counts *c, uint64_t first, uint64_t n, uint64_t by);
 uint64_t counts_get(const struct counts *c, uint64_t cluster);
-/* Every one of [first, first + n) is 1; none of them is above 0. */
+/* Every one of [first, first + n) is 1; none of them is 1; none of them is above 0. */
 bool counts_all_one(const struct counts *c, uint64_t first, uint64_t n);
+bool counts_none_one(const struct counts *c, uint64_t first, uint64_t n);
 bool counts_all_zero(const struct counts *c, uint64_t first, uint64_t n);
 /*
  * The numbers of the 64 clusters from `cluster` (a multiple of 64) on as bits; false when one of
