@@ -30,7 +30,9 @@ int cli_open_with_co(struct verb_ctx *ctx, const char *name, const struct cli_im
     if (image->image_opts) {
         if (image->format)
             return err_set(&ctx->err, EINVAL,
-                           "-f and --image-opts exclude each other: write driver=%s into the name",
+                           cli_words("-f and --image-opts exclude each other: write driver=%s into "
+                                     "the name",
+                                     "--image-opts and --format are mutually exclusive%.0s"),
                            image->format);
         int rc = opt_parse_keyval(name, NULL, &tree, &ctx->err);
         if (rc < 0)

@@ -141,6 +141,7 @@ static int commit_run_verb_co(struct verb_ctx *ctx) {
     int rc = cli_open_co(ctx, ctx->pos[0], &a->image, OPEN_RW | OPEN_UNMAP, &overlay);
     if (rc < 0)
         return rc;
+    dialect_warn_guessed(ctx, overlay);
     rc = commit_node_co(ctx, overlay);
     node_unref_co(overlay);
     return rc;

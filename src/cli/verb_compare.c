@@ -7,6 +7,7 @@
 #include <signal.h>
 #include "base/err.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "cli/progress.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -111,7 +112,9 @@ static int compare_both_co(struct verb_ctx *ctx, struct node *n1, struct node *n
 static int compare_run_verb_co(struct verb_ctx *ctx) {
     const struct compare_args *a = ctx->args;
     if (a->image.image_opts && (a->image.format || a->format2))
-        return err_set(&ctx->err, EINVAL, "--image-opts and -f or -F exclude each other");
+        return err_set(&ctx->err, EINVAL, "%s",
+                       cli_words("--image-opts and -f or -F exclude each other",
+                                 "--image-opts and --format are mutually exclusive"));
     struct cli_image second = a->image;
     second.format = a->format2;
     struct node *n1, *n2;

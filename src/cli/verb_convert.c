@@ -33,7 +33,7 @@
 #include "job/copy.h"
 #include "runtime/loop.h"
 
-enum { WORKERS_MAX = 16 };
+enum { WORKERS_MAX = 16, SPARSE_DEFAULT = 4096, SPARSE_MAX_QEMU = 16 << 20 };
 
 static const struct cli_opt convert_opts[] = {
     CLI_FORMAT_ROW(struct convert_args, src.format),
@@ -46,15 +46,15 @@ static const struct cli_opt convert_opts[] = {
     CLI_LIST(struct convert_args, options, 'o', "options", "KEY=VALUE,...",
              "create options of the target; -o help lists them"),
     CLI_FLAG(struct convert_args, compress, 'c', "compress", "compress the target"),
-    CLI_SIZE(struct convert_args, sparse, 'S', "sparse-size", "SIZE", 4096, 0, GIB,
+    CLI_SIZE(struct convert_args, sparse, 'S', "sparse-size", "SIZE", SPARSE_DEFAULT, 0, GIB,
              "runs of zeros at least this long become holes; 0: none, everything is allocated"),
     CLI_FLAG(struct convert_args, no_create, 'n', "no-create",
              "write into the existing target instead of making one"),
     CLI_FLAG(struct convert_args, target_is_zero, 0, "target-is-zero",
              "with -n: the target reads as zeros already"),
     CLI_FLAG(struct convert_args, out_of_order, 'W', "out-of-order",
-             "write in any order, so that the target may be less sequential"),
-    CLI_U64(struct convert_args, workers, 'm', "workers", "N", 0, 0, WORKERS_MAX,
+             "write in any order, so that the target may be less sequential (not with -c)"),
+    CLI_U64(struct convert_args, workers, 'm', "workers", "N", 0, 1, WORKERS_MAX,
             "requests in flight (default: chosen by the number of processors)"),
     CLI_STR(struct convert_args, cache, 't', "cache", "MODE",
             "how the host caches the target; unsafe skips the sync before the name is given"),
@@ -95,13 +95,36 @@ static bool says_backing_format(const struct convert_args *a) {
     return false;
 }
 
-static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
-    if (a->compress && a->out_of_order)
-        return misuse(ctx, "-c writes in order: it cannot be combined with -W");
-    if (a->backing && !a->backing_format && dialect_is_qemu() && !says_backing_format(a))
+/* What only that program minds. */
+static int check_args_qemu(struct verb_ctx *ctx, const struct convert_args *a) {
+    bool sparse = a->sparse != SPARSE_DEFAULT;
+    if (a->sparse % 512 || a->sparse > SPARSE_MAX_QEMU)
+        return err_set(&ctx->err, EINVAL,
+                       "Invalid buffer size for sparse output specified. Valid sizes are multiples "
+                       "of 512 up to %d. Select 0 to disable sparse detection (fully allocates "
+                       "output).",
+                       SPARSE_MAX_QEMU);
+    if (a->offload && (a->compress || sparse))
+        return err_set(&ctx->err, EINVAL, "Cannot enable copy offloading when -%c is used",
+                       a->compress ? 'c' : 'S');
+    if (a->offload && a->salvage)
+        return misuse(ctx, "Cannot use copy offloading in salvaging mode");
+    if (a->backing && !a->backing_format && !says_backing_format(a))
         return misuse(ctx, "Use of backing file requires explicit backing format");
-    if (a->cache && dialect_is_qemu() && cache_parse(a->cache, NULL) < 0)
+    if (a->cache && cache_parse(a->cache, NULL) < 0)
         return err_set(&ctx->err, EINVAL, "Invalid cache option: %s", a->cache);
+    if (a->backing_format && !a->backing)
+        return err_set(&ctx->err, EINVAL,
+                       "%s: error while converting %s: Backing format cannot be used without "
+                       "backing file",
+                       ctx->pos[ctx->pos_n - 1], a->out_format ? a->out_format : "raw");
+    return 0;
+}
+
+static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
+    int r = dialect_is_qemu() ? check_args_qemu(ctx, a) : 0;
+    if (r < 0)
+        return r;
     if (a->backing_format && !a->backing)
         return misuse(ctx, "-F needs -B");
     if (a->target_image_opts && !a->no_create)
@@ -113,7 +136,9 @@ static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
         return misuse(ctx, cli_words("--target-is-zero needs -n",
                                      "--target-is-zero requires use of -n flag"));
     if (a->target_is_zero && a->backing)
-        return misuse(ctx, "--target-is-zero and -B exclude each other");
+        return misuse(ctx, cli_words("--target-is-zero and -B exclude each other",
+                                     "Cannot use --target-is-zero when the destination image has "
+                                     "a backing file"));
     if (a->no_create && a->options.n)
         return misuse(ctx, cli_words("-o describes a new target and cannot be combined with -n",
                                      "-o has no effect when skipping image creation"));
@@ -122,7 +147,8 @@ static int check_args(struct verb_ctx *ctx, const struct convert_args *a) {
                        cli_words("--skip-broken-bitmaps goes with --bitmaps",
                                  "Use of --skip-broken-bitmaps requires --bitmaps"));
     if (a->src.format && a->src.image_opts)
-        return misuse(ctx, "-f and --image-opts exclude each other");
+        return misuse(ctx, cli_words("-f and --image-opts exclude each other",
+                                     "--image-opts and --format are mutually exclusive"));
     return 0;
 }
 
@@ -215,7 +241,7 @@ int convert_create_options(struct convert *c, json_t **out) {
     int r = cli_options(c->ctx, &a->options, out);
     if (r < 0)
         return r;
-    if (!json_object_get(*out, "size"))
+    if (!json_object_get(*out, "size") || dialect_is_qemu()) /* there it is always the source's */
         json_object_set_new(*out, "size", json_integer((json_int_t)c->size));
     if (a->backing) {
         json_object_set_new(*out, "backing_file", json_string(a->backing));
@@ -267,6 +293,8 @@ static int target_error(struct convert *c) {
     int rc = -e->code;
     if (strstr(e->text, "option '")) {
         dialect_options_error(c->ctx);
+        if (!strncmp(e->text, "Cluster size ", 13)) /* there it is noticed by the format */
+            err_prefix(e, "%s: error while converting %s", c->target_name, c->format->name);
     } else {
         char *before AUTO_FREE =
             xasprintf("%s: error while converting %s: ", c->target_name, c->format->name);
@@ -343,6 +371,8 @@ static int open_target_co(struct convert *c) {
 static int check_size(struct convert *c) {
     if (c->dst->size >= c->size)
         return 0;
+    if (dialect_is_qemu())
+        return err_set(&c->ctx->err, ENOSPC, "output file is smaller than input file");
     return err_set(&c->ctx->err, ENOSPC,
                    "%s has %" PRIu64 " bytes, too few for the %" PRIu64 " of the source",
                    c->target_name, c->dst->size, c->size);
@@ -452,7 +482,10 @@ int convert_with_co(struct verb_ctx *ctx, const struct convert_args *a, char **n
         c.format = driver_find(name);
         if (!c.format || !c.format->format)
             return err_set(&ctx->err, EINVAL,
-                           cli_words("unknown format '%s'", "Unknown file format '%s'"), name);
+                           a->windowed && dialect_is_qemu()
+                               ? "Unknown file format%.0s"
+                               : cli_words("unknown format '%s'", "Unknown file format '%s'"),
+                           name);
     }
     if (a->compress && c.format && dialect_is_qemu() && !strcmp(c.format->name, "raw"))
         return misuse(ctx, "Compression not supported for this file format");

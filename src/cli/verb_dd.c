@@ -79,11 +79,11 @@ static int check_operands(struct verb_ctx *ctx, const struct operands *o) {
                        cli_words("if=FILE and of=FILE are needed",
                                  "Must specify both input and output files"));
     if (o->bs < 1 || o->bs > INT32_MAX)
-        return err_set(
-            &ctx->err, EINVAL,
-            cli_words("bs=%" PRIu64 " is not between 1 and 2147483647",
-                      "Invalid bs specified. Must be between 1 and 2147483647.%.0" PRIu64),
-            o->bs);
+        return dialect_is_qemu()
+                   ? err_set(&ctx->err, EINVAL,
+                             "Invalid bs specified. Must be between 1 and 2147483647.")
+                   : err_set(&ctx->err, EINVAL, "bs=%" PRIu64 " is not between 1 and 2147483647",
+                             o->bs);
     return 0;
 }
 

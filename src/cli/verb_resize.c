@@ -41,6 +41,10 @@ struct wish {
 static int parse_wish(struct verb_ctx *ctx, const char *text, struct wish *w) {
     w->sign = *text == '+' || *text == '-' ? *text : 0;
     int rc = size_parse(text + (w->sign != 0), "size", &w->bytes, &ctx->err);
+    if (rc == -ERANGE && dialect_is_qemu()) {
+        err_clear(&ctx->err);
+        return err_set(&ctx->err, EINVAL, "New image size must be positive");
+    }
     if (rc < 0 && dialect_is_qemu())
         return dialect_bad_size(ctx, text);
     return rc;
@@ -100,6 +104,10 @@ static int resize_node_co(struct verb_ctx *ctx, struct node *n, const struct wis
         rc = check_direction(ctx, n, size);
     if (rc)
         return rc;
+    if (dialect_is_qemu() && a->preallocation == PREALLOC_METADATA && n->granularity == 1)
+        return err_set(&ctx->err, EINVAL, "Unsupported preallocation mode: metadata");
+    if (dialect_is_qemu() && size % 512 && n->granularity > 1)
+        return err_set(&ctx->err, EINVAL, "The new size must be a multiple of 512");
     rc = disk_resize_co(n, size, a->preallocation, &ctx->err);
     if (rc < 0)
         return err_prefix(&ctx->err, "%s", n->filename);

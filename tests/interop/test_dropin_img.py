@@ -336,6 +336,52 @@ bench -i native q
 bench -w --pattern=300 q
 bench -o -1 q
 bench nofile
+convert -m 0 raw a
+convert -m x raw a
+convert -W -c -O qcow2 raw a ; compare raw a
+convert -S 512 raw a ; compare raw a
+convert -S 3000 raw a
+convert -S 1G raw a
+convert -C -c -O qcow2 raw a
+convert -C -S 64k raw a
+convert --salvage -C raw a
+convert -n --target-is-zero -O qcow2 raw q ; check q
+convert -F qcow2 -O qcow2 top.qcow2 a
+convert -O qcow2 -o size=4M raw a ; info a
+convert -O qcow2 -o cluster_size=3k raw a
+convert -n -O qcow2 q odd
+convert -n -f raw -O raw q odd
+convert -O qcow2 odd raw odd a ; check a
+convert --bitmaps -O raw q a
+compare -f qcow2 raw q
+compare -s top.qcow2 mid.qcow2
+compare -s raw odd
+compare odd raw
+compare --image-opts -f raw driver=raw,file.filename=raw driver=qcow2,file.filename=q
+compare version raw
+compare raw lost.qcow2
+commit -b mid.qcow2 top.qcow2 ; compare -F raw top.qcow2 base.raw
+commit -r 1M -q top.qcow2
+commit -r x top.qcow2
+commit -f raw top.qcow2
+commit --image-opts driver=qcow2,file.filename=top.qcow2
+commit raw
+rebase -U -u -b base.raw -F raw top.qcow2 ; info top.qcow2
+rebase -t fancy -b base.raw -F raw top.qcow2
+rebase --image-opts -b base.raw -F raw driver=qcow2,file.filename=top.qcow2 ; info top.qcow2
+dd if=raw of=a bs=1M skip=9 ; info a
+dd if=raw of=a bs=3G
+dd -O fancy if=raw of=a
+dd -U if=q of=a ; compare q a
+dd --image-opts if=driver=qcow2,file.filename=q of=a ; compare q a
+bench -c 10 --no-drain q
+bench -w -c 8 -d 2 --flush-interval 4 --no-drain q
+resize --preallocation=metadata raw 16M
+resize top.qcow2 --preallocation=metadata 16M ; compare top.qcow2 raw
+resize q +1
+resize q 8E
+rebase -b top.qcow2 -F qcow2 top.qcow2
+bench -c 10 -o 9M q
 fancy
 fancy raw
 
@@ -347,6 +393,8 @@ DIVERGENCES = {
     "create -f qcow2 -o help": "options that this version does not have are left out",
     "info -h -f raw ; info raw": "the help is about strata's verbs",
     "convert -O qcow2 raw raw": "7.2 finds the file locked; here the source is named",
+    "rebase -b top.qcow2 -F qcow2 top.qcow2": "there the lock is in the way; here the reason is named",
+    "bench -c 10 -o 9M q": "there the first request fails; here it is said before",
     "info --object fancy,id=x raw": "7.2 lists no types either, in other words",
     "create -f raw -o help": "7.2 names the options of the file protocol elsewhere",
 }

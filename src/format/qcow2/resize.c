@@ -171,21 +171,11 @@ int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
     return r < 0 ? err_errno(e, -r, "making the L1 table larger for %" PRIu64 " bytes", size) : 0;
 }
 
-static int check_prealloc(const struct qcow2 *s, int prealloc, struct err *e) {
-    if (prealloc == PREALLOC_OFF || !qcow2_has_backing(s) || qcow2_extended(s))
-        return 0;
-    return err_set(e, ENOTSUP,
-                   "room cannot be given ahead in an image with a backing file: it would hide the "
-                   "backing file's content");
-}
-
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
     size = align_up(size, 512);
     int r = qcow2_resize_check(s, size, s->h.version, e);
-    if (!r && size > old)
-        r = check_prealloc(s, prealloc, e);
     if (r < 0 || size == old)
         return r;
     if (size < old)
@@ -237,11 +227,10 @@ static int preallocate_run_co(struct node *n, struct placement *p, int prealloc,
 
 int qcow2_preallocate_co(struct node *n, uint64_t offset, uint64_t length, int prealloc,
                          struct err *e) {
-    struct qcow2 *s = qcow2_of(n);
     uint64_t end = offset + length;
-    int r = check_prealloc(s, prealloc, e);
-    if (r < 0 || prealloc == PREALLOC_OFF)
-        return r;
+    int r = 0;
+    if (prealloc == PREALLOC_OFF)
+        return 0;
     while (offset < end) {
         struct placement p;
         struct extent x;
