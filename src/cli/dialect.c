@@ -254,6 +254,8 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
         strbuf_printf(b, "Could not open '%s': %s", name, strerror(e->code));
     else if ((why = behind(text, "unknown driver or format '")))
         strbuf_printf(b, "Unknown driver '%.*s'", (int)strcspn(why, "'"), why);
+    else if ((why = behind(text, "its recorded format '")))
+        strbuf_printf(b, "Unknown driver '%.*s'", (int)strcspn(why, "'"), why);
     else if ((why = behind(text, "unknown protocol '")))
         strbuf_printf(b, "Unknown protocol '%.*s'", (int)strcspn(why, "'"), why);
     else if (strstr(text, "the magic bytes are missing"))
@@ -326,6 +328,12 @@ void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *form
         strbuf_free(&b);
         strbuf_printf(&b, "%s '%s': ", before, at_file);
         put_reason(&b, e, at_file, text, NULL);
+    }
+    const char *again = behind(text, "the backing chain comes back to '");
+    if (again && !strncmp(before, "Could not open", 14)) {
+        strbuf_free(&b);
+        strbuf_printf(&b, "Backing file '%.*s' creates an infinite loop.", (int)strcspn(again, "'"),
+                      again);
     }
     int code = e->code;
     err_clear(e);

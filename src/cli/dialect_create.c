@@ -88,6 +88,8 @@ static void print_line(const char *name, const struct driver *d, const json_t *t
 static bool is_unreadable(const struct err *e) {
     static const char *const texts[] = {"unknown option '",   "is not a size",     "is larger than",
                                         "expected on or off", "expected a number", NULL};
+    if (strstr(e->text, "option 'refcount_bits'"))
+        return false;
     for (int i = 0; texts[i]; i++)
         if (strstr(e->text, texts[i]))
             return true;
@@ -138,6 +140,8 @@ static char *option_reason(const char *text, const char **second) {
     char *key AUTO_FREE = word(at);
     if (!strcmp(key, "cluster_size") && !strstr(text, "is not a size"))
         return xstrdup("Cluster size must be a power of two between 512 and 2048k");
+    if (!strcmp(key, "refcount_bits"))
+        return xstrdup("Refcount width must be a power of two and may not exceed 64 bits");
     if (strstr(text, "is not a size") || strstr(text, "is larger than")) {
         *second = SIZE_SUFFIXES;
         return xasprintf("Parameter '%s' expects a non-negative number below 2^64", key);
@@ -176,6 +180,9 @@ static char *backing_reason(const struct err *e, const char *text, const char **
     }
     if (strstr(text, "-F needs a backing file"))
         return xstrdup("Backing format cannot be used without backing file");
+    if (strstr(text, "needs an L1 table of"))
+        return xstrdup("The image size is too large for file format 'qcow2' (try using a larger "
+                       "cluster size)");
     if (strstr(text, "its own backing file"))
         return xstrdup(
             "Error: Trying to create an image with the same filename as the backing file");

@@ -135,8 +135,6 @@ static int check_ability(struct err *e, const struct args *a) {
         return err_set(e, ENOTSUP, "SELinux support not enabled in this binary");
     if (a->connect || a->disconnect)
         return err_set(e, ENOTSUP, "Kernel /dev/nbdN support not available");
-    if (a->load_snapshot)
-        return err_set(e, ENOTSUP, "--load-snapshot: this version serves no internal snapshots");
     return 0;
 }
 
@@ -192,7 +190,8 @@ static int serve(const struct args *a, char *file) {
     put_flag(&l, "persistent", a->persistent);
     /* Not --verbose: that program says nothing of clients that behave. */
     put_flag(&l, "fork", a->fork);
-    put_flag(&l, "read-only", a->read_only && !a->snapshot);
+    put_value(&l, "load-snapshot", a->load_snapshot);
+    put_flag(&l, "read-only", (a->read_only || a->load_snapshot) && !a->snapshot);
     put_flag(&l, "snapshot", a->snapshot);
     put_flag(&l, "image-opts", a->image_opts);
     put_flag(&l, "allocation-depth", a->alloc_depth);

@@ -46,9 +46,32 @@ struct watch {
     uint64_t shown;
 };
 
+/* Wrong reference counts in that program's words, a line for each cluster; false: other problems.
+ */
+static bool show_counts(struct watch *w, bool is_leak, const char *text) {
+    uint64_t first, last, at, stored, found;
+    if (sscanf(text,
+               "clusters %" SCNu64 "-%" SCNu64 " from offset %" SCNu64
+               " on: reference count is %" SCNu64 ", %" SCNu64 " references",
+               &first, &last, &at, &stored, &found) != 5) {
+        if (sscanf(text,
+                   "cluster %" SCNu64 " at offset %" SCNu64 ": reference count is %" SCNu64
+                   ", %" SCNu64 " references",
+                   &first, &at, &stored, &found) != 4)
+            return false;
+        last = first;
+    }
+    for (; first <= last && w->shown < SHOWN_MAX; first++, w->shown++)
+        fprintf(stderr, "%s cluster %" PRIu64 " refcount=%" PRIu64 " reference=%" PRIu64 "\n",
+                is_leak ? "Leaked" : "ERROR", first, stored, found);
+    return true;
+}
+
 static void show_problem(void *arg, bool is_leak, const char *text) {
     struct watch *w = arg;
     if (w->args->quiet || w->shown > SHOWN_MAX)
+        return;
+    if (dialect_is_qemu() && show_counts(w, is_leak, text))
         return;
     if (w->shown++ == SHOWN_MAX) {
         fprintf(stderr, "... and more\n");

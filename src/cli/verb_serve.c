@@ -23,6 +23,7 @@
 #include "cli/daemon.h"
 #include "cli/dialect.h"
 #include "disk/bitmap.h"
+#include "cli/snapshots.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -37,7 +38,7 @@ static const char *const detect_names[] = {"off", "on", "unmap", NULL};
 
 struct args {
     struct cli_image image;
-    const char *socket, *bind, *name, *description, *pid_file, *scratch, *keep;
+    const char *load_snapshot, *socket, *bind, *name, *description, *pid_file, *scratch, *keep;
     uint64_t port, scratch_size, share, offset;
     int discard, detect_zeroes;
     bool snapshot, commit, read_only, fork, persistent, verbose, depth;
@@ -81,6 +82,9 @@ static const struct cli_opt opts[] = {
              "whether discarded blocks are given back to the host"),
     CLI_ENUM(struct args, detect_zeroes, 0, "detect-zeroes", "WHAT", detect_names, 0,
              "whether written zeros become zero units (on), and give back their room (unmap)"),
+    CLI_STR(struct args, load_snapshot, 'l', "load-snapshot", "SNAPSHOT",
+            "serve this internal snapshot, read-only: its name or ID, snapshot.id=ID or "
+            "snapshot.name=NAME"),
     CLI_SIZE(struct args, offset, 0, "offset", "OFFSET", 0, 0, INT64_MAX,
              "where in the disk the export begins"),
     CLI_FLAG(struct args, fork, 0, "fork", "go to the background once clients can connect"),
@@ -118,6 +122,8 @@ static int check_args(struct verb_ctx *ctx) {
         if (needs)
             return err_set(e, EINVAL, "%s needs --snapshot", needs);
     }
+    if (a->load_snapshot && !a->read_only && !a->snapshot)
+        return err_set(e, EINVAL, "--load-snapshot needs --read-only or --snapshot");
     if (a->snapshot && a->read_only)
         return err_set(e, EINVAL, "--snapshot and --read-only exclude each other");
     if (a->bitmaps.n && a->offset)
@@ -173,7 +179,9 @@ static int open_image_co(struct serve *s) {
     unsigned flags = a->discard ? OPEN_UNMAP : 0;
     if (!a->read_only && !a->snapshot)
         flags |= OPEN_RW;
-    int rc = cli_open_co(s->ctx, file, &a->image, flags, &s->node);
+    int rc = a->load_snapshot
+                 ? cli_open_snapshot_co(s->ctx, file, &a->image, flags, a->load_snapshot, &s->node)
+                 : cli_open_co(s->ctx, file, &a->image, flags, &s->node);
     if (rc == 0)
         rc = cut_offset_co(s);
     if (rc < 0)

@@ -37,7 +37,7 @@ char *backing_resolve(const char *image, const char *claimed, struct err *e) {
         return NULL;
     }
     const char *path = local_part(image);
-    if (name_has_protocol(path)) {
+    if (path == image && name_has_protocol(path)) {
         err_set(e, EINVAL, "the relative name '%s' cannot be combined with '%s'", claimed, image);
         return NULL;
     }

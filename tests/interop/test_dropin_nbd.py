@@ -102,3 +102,15 @@ def test_snapshot_leaves_the_image_alone(dropin, disk, tmp_path):
     subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", "-c", "read -P 1 0 64k",
                     f"nbd+unix:///?socket={sock}"], check=True, stdout=subprocess.DEVNULL)
     assert server.wait(20) == 0 and disk.read_bytes() == before
+
+
+def test_an_internal_snapshot_is_served_read_only(dropin, disk, tmp_path):
+    subprocess.run(["qemu-img", "snapshot", "-c", "then", disk], check=True)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 9 64k 64k", disk], check=True)
+    sock = tmp_path / "s"
+    server = subprocess.Popen([dropin, "-l", "then", "-k", str(sock), "-f", "qcow2", str(disk)])
+    wait_for(sock)
+    p = subprocess.run(["qemu-io", "-r", "-f", "raw", "-c", "read -P 7 64k 64k", f"nbd+unix:///?socket={sock}"],
+                       capture_output=True, text=True)
+    assert p.returncode == 0 and "verification failed" not in p.stdout
+    assert server.wait(20) == 0
