@@ -16,6 +16,8 @@
  */
 #include "fuzz.h"
 
+#include "disk/bitmap.h"
+
 #define DISK_LIMIT (16 * MIB)
 #define STATUS_STEPS 300
 #define READ_BYTES_MAX (128 * KIB)
@@ -56,11 +58,26 @@ static struct node *open_co(struct node *file, unsigned flags) {
     return NULL;
 }
 
+static void read_bitmaps_co(struct node *n) {
+    int left = 8;
+    for (struct bitmap *b = NULL; left-- && (b = bitmap_next(n, b));) {
+        uint64_t start, length, at = 0;
+        if (bitmap_load_co(b, NULL) < 0)
+            continue;
+        for (int k = 0; k < 64 && bitmap_next_dirty(b, at, b->size, &start, &length); k++) {
+            FUZZ_CHECK(length && start >= at && start + length <= b->size, "a run outside");
+            at = start + length;
+        }
+        FUZZ_CHECK(bitmap_dirty_bytes(b) <= b->size, "more is dirty than there is");
+    }
+}
+
 static void look_co(struct node *file) {
     struct node *n = open_co(file, 0);
     if (!n)
         return;
     json_decref(n->drv->format->describe(n));
+    read_bitmaps_co(n);
     uint64_t at = 0, left = READ_BYTES_MAX;
     for (int i = 0; i < STATUS_STEPS && at < n->size; i++) {
         struct status st;
@@ -102,11 +119,50 @@ static uint64_t somewhere(struct prog *g, uint64_t size) {
     return size ? at % size : 0;
 }
 
+static void known_to_bitmaps(const struct node *n, uint64_t at, uint64_t len) {
+    for (struct bitmap *b = NULL; (b = bitmap_next(n, b));)
+        if (b->enabled && bitmap_usable(b, false, NULL) == 0)
+            FUZZ_CHECK(bitmap_get(b, at) && bitmap_get(b, at + len - 1),
+                       "bitmap '%s' misses what was written at %" PRIu64, b->name, at);
+}
+
+static void bitmap_op_co(struct node *n, struct prog *g) {
+    struct bitmap_new what = {.name = "fuzz", .granularity = 512, .persistent = true};
+    unsigned op = prog_u8(g);
+    struct bitmap *b = op & 0x80 ? bitmap_find(n, "fuzz") : bitmap_next(n, NULL);
+    switch (op % 6) {
+    case 0:
+        bitmap_add_co(n, &what, NULL, NULL);
+        return;
+    case 1:
+        bitmap_store_co(n, NULL);
+        return;
+    case 2:
+        if (b)
+            bitmap_remove_co(b, NULL);
+        return;
+    case 3:
+        if (b)
+            bitmap_clear_co(b, NULL);
+        return;
+    case 4:
+        if (b)
+            bitmap_set_enabled_co(b, op & 0x40, NULL);
+        return;
+    default:
+        if (b && bitmap_next(n, b))
+            bitmap_merge_co(b, bitmap_next(n, b), NULL);
+    }
+}
+
 static void write_co(struct node *n, struct prog *g, uint64_t at, uint64_t len, bool clean) {
     if (!len)
         return;
     memset(buf, prog_u8(g), len);
-    if (disk_pwrite_co(n, at, buf, len) < 0 || !clean)
+    if (disk_pwrite_co(n, at, buf, len) < 0)
+        return;
+    known_to_bitmaps(n, at, len);
+    if (!clean)
         return;
     int r = disk_pread_co(n, at, back, len);
     FUZZ_CHECK(r < 0 || !memcmp(buf, back, len),
@@ -148,7 +204,10 @@ static void op_co(struct node *n, struct prog *g, bool clean) {
         write_coded_co(n, g, at);
         break;
     case 5:
-        disk_flush_co(n);
+        if (op & 0x20)
+            bitmap_op_co(n, g);
+        else
+            disk_flush_co(n);
         break;
     case 6:
         disk_resize_co(n, n->size + (uint64_t)prog_u8(g) * 512 * (op & 0x80 ? 4096 : 1),
