@@ -4,8 +4,9 @@
  *
  * libnbd speaks the protocol; this file turns its state machine.  Connecting and the handshake
  * block, so they run on a worker thread.  After that the connection belongs to the loop: a task
- * issues its command and then waits; of all that wait, one polls the socket for reading and at most
- * one for writing, and hands on when its own command is done.
+ * issues its command and then waits; of all that wait, one polls the socket for reading and, while
+ * libnbd has something to send, one (the same, when he is alone) for writing.  Whoever leaves
+ * wakes the others, a poller too when there is something to send that he does not know of.
  *
  *      task A: pread ---+                         reader: poll(IN), notify_read, wake all
  *      task B: pwrite --+--> libnbd <--> socket
@@ -72,18 +73,26 @@ static bool is_gone(const struct nbd_state *s) {
     return s->lib->aio_is_dead(s->h) || s->lib->aio_is_closed(s->h);
 }
 
-/* Polls in one direction and lets libnbd work. */
-static void turn_co(struct nbd_state *s, bool out, bool *busy) {
-    *busy = true;
-    loop_poll_co(s->lib->aio_get_fd(s->h), out ? POLLOUT : POLLIN, -1);
-    *busy = false;
-    unsigned wants = s->lib->aio_get_direction(s->h);
-    /* A failure here shows as a dead connection. */
-    if (out && wants & LIBNBD_AIO_DIRECTION_WRITE)
-        s->lib->aio_notify_write(s->h);
-    else if (!out && wants & LIBNBD_AIO_DIRECTION_READ)
+/* Polls for what nobody else polls for, and lets libnbd work. */
+static void turn_co(struct nbd_state *s, bool in, bool out) {
+    int fd = s->lib->aio_get_fd(s->h);
+    s->reader |= in;
+    s->writer |= out;
+    int got = loop_poll_co(fd, (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0)), -1);
+    s->reader &= !in;
+    s->writer &= !out;
+    /* A failure here shows as a dead connection; a cancelled poll is tried again. */
+    if (in && got > 0 && got & ~POLLOUT &&
+        s->lib->aio_get_direction(s->h) & LIBNBD_AIO_DIRECTION_READ)
         s->lib->aio_notify_read(s->h);
+    if (out && got > 0 && got & ~POLLIN && !is_gone(s) &&
+        s->lib->aio_get_direction(s->h) & LIBNBD_AIO_DIRECTION_WRITE)
+        s->lib->aio_notify_write(s->h);
     waitq_wake_all(&s->turn);
+}
+
+static bool wants_write(const struct nbd_state *s) {
+    return !is_gone(s) && s->lib->aio_get_direction(s->h) & LIBNBD_AIO_DIRECTION_WRITE;
 }
 
 static int wait_co(struct nbd_state *s, struct request *q, int64_t cookie) {
@@ -92,13 +101,15 @@ static int wait_co(struct nbd_state *s, struct request *q, int64_t cookie) {
         return is_gone(s) ? -EIO : code ? -code : -EIO;
     }
     while (!q->done && !is_gone(s)) {
-        if (!s->writer && s->lib->aio_get_direction(s->h) & LIBNBD_AIO_DIRECTION_WRITE)
-            turn_co(s, true, &s->writer);
-        else if (!s->reader)
-            turn_co(s, false, &s->reader);
+        bool in = !s->reader, out = !s->writer && wants_write(s);
+        if (in || out)
+            turn_co(s, in, out);
         else
             waitq_wait_co(&s->turn);
     }
+    /* Somebody else's command may have to be sent still, and he may be polling for replies only. */
+    if (s->reader && !s->writer && wants_write(s))
+        loop_cancel_fd(loop_self(), s->lib->aio_get_fd(s->h));
     waitq_wake_all(&s->turn); /* the next one polls */
     if (!q->done)
         return -EIO;

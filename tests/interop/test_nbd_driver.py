@@ -82,6 +82,14 @@ def test_many_requests_at_once(run, disk, qemu_nbd):
     run("io", *commands, "-c", "aio_flush", *checks, "-f", "raw", name)
 
 
+def test_two_large_writes_at_once_do_not_wait_for_one_another_for_ever(run, strata, tmp_path):
+    (tmp_path / "big").write_bytes(b"")
+    os.truncate(tmp_path / "big", 64 << 20)
+    with Server(strata, tmp_path / "big", "-f", "raw", "-t", socket_path=tmp_path / "s") as s:
+        for i in range(20):
+            run("io", "-f", "raw", "-c", f"aio_write {i}M 1M", "-c", f"aio_write {i * 1048576 + 512} 1M", s.uri)
+
+
 def test_a_larger_write_than_one_message(run, disk, qemu_nbd):
     disk.write_bytes(bytes(80 << 20))
     name = uri(qemu_nbd("-f", "raw", disk))
