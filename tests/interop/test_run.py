@@ -426,6 +426,45 @@ def test_stopped_guest_commits_nothing(started, blank):
     assert blank.read_bytes() == bytes(1 << 20)
 
 
+@pytest.fixture
+def full(tmp_path):
+    """A file system of 4 MiB, for a base that cannot take what is committed."""
+    where = tmp_path / "full"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", where], check=True)
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_changes_that_cannot_be_committed_are_saved_beside_the_disk(run, peer, fake, full, scratch, tmp_path):
+    base, name = full / "base.raw", tmp_path / "disk.raw"
+    with open(base, "wb") as f:
+        f.truncate(16 << 20)
+    name.symlink_to(base)  # beside it there is room
+    p = run("run", "--snapshot", "--commit-on-exit", "--scratch", scratch, "-f", "raw", *fake(
+        "[disks[0].pwrite(bytes([65 + i]) * (1 << 20), i << 20) for i in range(12)]"), name, status=1)
+    saved = tmp_path / "disk.raw.uncommitted.qcow2"
+    assert "No space left on device" in p.stderr and f"the guest's changes are saved in {saved}" in p.stderr
+    base.write_bytes(b"")  # whatever the failed commit left there
+    with open(base, "r+b") as f:
+        f.truncate(16 << 20)
+    peer("qemu-img", "check", "-q", saved)
+    read = [x for i in range(12) for x in ("-c", f"read -P {65 + i} {i}M 1M")]
+    out = peer("qemu-io", "-r", "-f", "qcow2", *read, saved).stdout
+    assert "verification failed" not in out and out.count("read 1048576/1048576") == 12
+    assert not list(scratch.iterdir())
+
+
+def test_changes_that_nobody_can_take_are_told_so(run, fake, full, scratch):
+    base = full / "base.raw"
+    with open(base, "wb") as f:
+        f.truncate(16 << 20)
+    p = run("run", "--snapshot", "--commit-on-exit", "--scratch", scratch, "-f", "raw", *fake(
+        "[disks[0].pwrite(b'x' * (1 << 20), i << 20) for i in range(12)]"), base, status=1)
+    assert "the guest's changes could not be saved either" in p.stderr
+    assert [f.name for f in full.iterdir()] == ["base.raw"]
+
+
 def test_interrupt_that_ends_the_guest_first_still_commits_nothing(run, blank, fake):
     # Ctrl-C reaches both; the guest ends at once and with status 0.
     run("run", "--snapshot", "--commit-on-exit", "-f", "raw", *fake(
