@@ -31,8 +31,7 @@ bool convert_is_pipe(const char *name) {
 
 static void on_progress(void *arg, uint64_t done, uint64_t total) {
     struct convert *c = arg;
-    if (total)
-        progress_update(&c->bar, done, total);
+    progress_update(&c->bar, done, total); /* a total of 0: nobody knows */
 }
 
 static struct pipe_opts pipe_opts(struct convert *c) {
@@ -40,6 +39,17 @@ static struct pipe_opts pipe_opts(struct convert *c) {
                               .progress = c->a->quiet ? NULL : on_progress,
                               .arg = c,
                               .rate_bytes = c->a->rate};
+}
+
+/* A stream that comes in, with its progress (SIGUSR1 must find somebody who expects it). */
+static int read_stdin_co(struct convert *c, struct node *file, uint32_t sparse, uint64_t *total) {
+    struct pipe_opts o = pipe_opts(c);
+    if (!c->a->quiet)
+        progress_begin(&c->bar, &c->a->progress);
+    int r = pipe_read_co(STDIN_FILENO, file, sparse, &o, total, &c->ctx->err);
+    if (!c->a->quiet)
+        progress_end(&c->bar, r == 0);
+    return r;
 }
 
 static int scratch_co(struct convert *c, struct node **out) {
@@ -58,12 +68,11 @@ static bool stdin_is_file(struct stat *st) {
 }
 
 static int spool_co(struct convert *c, struct node **file) {
-    struct pipe_opts o = pipe_opts(c);
     uint64_t total;
     int r = scratch_co(c, file);
     if (r < 0)
         return r;
-    r = pipe_read_co(STDIN_FILENO, *file, 4096, &o, &total, &c->ctx->err);
+    r = read_stdin_co(c, *file, 4096, &total);
     if (r < 0)
         node_unref_co(*file);
     return r < 0 ? err_prefix(&c->ctx->err, "standard input") : 0;
@@ -112,7 +121,6 @@ bool convert_stores_stdin(const struct convert *c, int sources) {
 
 int convert_store_stdin_co(struct convert *c) {
     struct create_ctx ctx = {.name = c->target_name, .flags = CREATE_UNNAMED | CREATE_REPLACE};
-    struct pipe_opts o = pipe_opts(c);
     struct err *e = &c->ctx->err;
     if (isatty(STDIN_FILENO))
         return err_set(e, EINVAL, "standard input is a terminal, not a disk");
@@ -125,7 +133,7 @@ int convert_store_stdin_co(struct convert *c) {
     int r = storage_create_co(&ctx, &c->file, e);
     if (r < 0)
         return err_prefix(e, "%s", c->target_name);
-    r = pipe_read_co(STDIN_FILENO, c->file, (uint32_t)c->a->sparse, &o, &c->size, e);
+    r = read_stdin_co(c, c->file, (uint32_t)c->a->sparse, &c->size);
     if (!r && (r = disk_flush_co(c->file)) < 0)
         err_errno(e, -r, "flushing");
     if (!r)

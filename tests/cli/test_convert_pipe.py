@@ -153,6 +153,19 @@ def test_an_interrupted_stream_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_sigusr1_during_a_stream_is_answered(tmp_path, fmt):
+    image = tmp_path / "out"
+    p = subprocess.Popen([STRATA, "convert", "-O", fmt, "-", image], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdin.write(b"x" * MIB)
+    p.stdin.flush()
+    time.sleep(0.3)
+    p.send_signal(signal.SIGUSR1)
+    p.stdin.write(b"x" * 3 * MIB)
+    p.stdin.close()
+    assert p.wait(20) == 0 and b"/100%)" in p.stderr.read() and image.exists()
+
+
 def test_a_reader_that_goes_away_ends_it(tmp_path):
     src = disk(tmp_path)
     p = subprocess.Popen([STRATA, "convert", src, "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
