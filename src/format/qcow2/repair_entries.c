@@ -4,6 +4,7 @@
  *
  *   simple   what can be made right in the entry itself, without any change of what a guest reads:
  *              reserved bits, COPIED on compressed data or without a cluster           cleared
+ *              bits of subclusters in a compressed cluster                             cleared
  *              a preallocated zero cluster that is unaligned or outside the file       zero flag
  *              a data cluster outside the file, which reads as zeros                   zero flag
  *              (version 2 has no zero flag: a hole where no layer is below, else it stays)
@@ -157,6 +158,7 @@ static int change_simple(struct entry_at *e) {
     struct qcow2_l2e v = e->v;
     if (v.value & QCOW2_COMPRESSED) {
         e->v.value &= ~QCOW2_COPIED;
+        e->v.bitmap = 0; /* coded clusters have no subclusters */
         return 0;
     }
     v.value &= ~(L2_RESERVED | (qcow2_extended(s) ? QCOW2_ZERO : 0));
