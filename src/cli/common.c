@@ -101,8 +101,11 @@ int cli_print_create_help(struct verb_ctx *ctx, const char *format) {
     }
     if (!d->create_opts || !d->format->create_co)
         return err_set(&ctx->err, ENOTSUP, "images of format '%s' cannot be created", d->name);
-    printf(cli_words("Options for creating %s images:\n", "Supported %s options:\n"), d->name);
     bool file = ctx->pos_n > 0;
+    if (file && dialect_is_qemu())
+        puts("Supported options:");
+    else
+        printf(cli_words("Options for creating %s images:\n", "Supported %s options:\n"), d->name);
     if (dialect_option_help(d->create_opts, OPT_CREATE, file)) {
         if (!file)
             puts("\nThe protocol level may support further options.\n"
@@ -137,7 +140,9 @@ static void print_line(const struct verb_ctx *ctx, const char *kind, const char 
 
 void cli_print_error(const struct verb_ctx *ctx, const struct err *e) {
     if (dialect_is_qemu()) {
-        dialect_print_error(e);
+        const char *theirs = dialect_sentence(ctx ? ctx->verb : NULL, err_text(e));
+        struct err said = {e->code, (char *)theirs, e->hint};
+        dialect_print_error(theirs ? &said : e);
         return;
     }
     print_line(ctx, "", err_text(e));

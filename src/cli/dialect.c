@@ -122,6 +122,8 @@ int dialect_bad_positionals(struct verb_ctx *ctx) {
     const char *verb = ctx->verb->name;
     if (!strcmp(verb, "measure"))
         return err_set(&ctx->err, EINVAL, "At most one filename argument is allowed.");
+    if (!strcmp(verb, "amend"))
+        return err_set(&ctx->err, EINVAL, "Expecting one image file name");
     if (!strcmp(verb, "create"))
         return dialect_usage(ctx, "Unexpected argument: %s", ctx->pos[2]);
     if (!strcmp(verb, "resize") && ctx->pos_n < 2)
@@ -132,8 +134,27 @@ int dialect_bad_positionals(struct verb_ctx *ctx) {
     return dialect_usage(ctx, "Expecting one image file name");
 }
 
+/* As a number of bytes, roughly; below 0: it is none. */
+static long double rough_size(const char *text) {
+    static const char suffixes[] = "bkmgtpe";
+    char *end;
+    long double v = strtold(text, &end);
+    const char *suffix = *end ? strchr(suffixes, *end | 0x20) : suffixes;
+    if (end == text || !suffix || (*end && end[1]))
+        return -1;
+    for (; suffix > suffixes; suffix--)
+        v *= 1024;
+    return v;
+}
+
 int dialect_bad_size(struct verb_ctx *ctx, const char *text) {
+    long double v = rough_size(text + (*text == '+' || *text == '-'));
     err_clear(&ctx->err);
+    if (v >= 0x1p64L)
+        return err_set(&ctx->err, EINVAL, "Value '%s' is out of range for parameter 'size'",
+                       text + (*text == '+' || *text == '-'));
+    if (v >= 0x1p63L)
+        return err_set(&ctx->err, EINVAL, "New image size must be positive");
     int rc =
         err_set(&ctx->err, EINVAL, "Parameter 'size' expects a non-negative number below 2^64");
     err_hint(&ctx->err, SECOND "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, "

@@ -78,6 +78,8 @@ int dialect_options_error(struct verb_ctx *ctx);
 bool dialect_option_help(const struct opt *table, unsigned when, bool file);
 /* A text of -o as a whole; false with an error.  Always true under our own name. */
 bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text);
+/* That program's sentence for one of ours, when it has another; else NULL. */
+const char *dialect_sentence(const struct verb *v, const char *text);
 /* Rewrites the error of amend; `tree`: its -o options. */
 void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const json_t *tree);
 int dialect_bad_size(struct verb_ctx *ctx, const char *text);

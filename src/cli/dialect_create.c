@@ -152,8 +152,10 @@ static char *option_reason(const char *text, const char **second) {
         return xasprintf("Parameter '%s' expects a number", key);
     if (strstr(text, "expected one of") && (why = behind(text, "found '"))) {
         char *value AUTO_FREE = word(why);
-        return xasprintf("Parameter '%s' does not accept value '%s'",
-                         strcmp(key, "compat") ? key : "version", value);
+        const char *shown = !strcmp(key, "compat")             ? "version"
+                            : !strcmp(key, "compression_type") ? "compression-type"
+                                                               : key;
+        return xasprintf("Parameter '%s' does not accept value '%s'", shown, value);
     }
     return NULL;
 }
@@ -164,6 +166,8 @@ static char *backing_reason(const struct err *e, const char *text, const char **
     if (!strncmp(text, "backing file: ", 14)) {
         const char *name = text + 14;
         *second = SECOND "Could not open backing image.";
+        if (strstr(text, "not a qcow2 image"))
+            return xstrdup("Image is not in qcow2 format");
         return why ? xasprintf("Could not open '%.*s': %s", (int)strcspn(name, ":"), name, why)
                    : xstrdup(text);
     }
@@ -233,6 +237,10 @@ static char *file_reason(const struct err *e, const char *name, const char *text
         char *fmt AUTO_FREE = word(text + 16);
         return xasprintf("Unknown file format '%s'", fmt);
     }
+    if (!strcmp(text, "is a directory"))
+        return xasprintf("Could not create '%s': Is a directory", name);
+    if (!strcmp(text, "the file name is empty"))
+        return xstrdup("Could not create '': No such file or directory");
     if (strstr(text, "a size is missing"))
         return xstrdup("Image creation needs a size parameter");
     return NULL;
@@ -247,7 +255,8 @@ void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *be
     size_t len = strlen(safe);
     while (!strncmp(text, safe, len) && !strncmp(text + len, ": ", 2))
         text += len + 2;
-    reason = backing_reason(e, text, &second, &owned);
+    const char *theirs = dialect_sentence(ctx->verb, text);
+    reason = theirs ? xstrdup(theirs) : backing_reason(e, text, &second, &owned);
     if (!reason)
         reason = file_reason(e, name, text, &second, &owned);
     if (!reason)
@@ -271,8 +280,18 @@ int dialect_options_error(struct verb_ctx *ctx) {
     if (!reason)
         return -ctx->err.code;
     int rc = err_set(&ctx->err, EINVAL, "%s", reason);
-    if (!second && !strcmp(ctx->verb->name, "measure"))
-        second = SECOND "qemu-img: Invalid options for file format 'qcow2'";
+    /* There a value that the format refuses is met later than one that cannot be read. */
+    const char *value = strstr(reason, "does not accept value '");
+    if (!strcmp(ctx->verb->name, "measure")) {
+        if (value && !strncmp(reason, "Parameter 'version'", 19))
+            rc = err_set(&ctx->err, EINVAL, "Invalid compatibility level: %s", strchr(value, '\''));
+        else if (value && !strncmp(reason, "Parameter 'preallocation'", 25)) {
+            char *bad AUTO_FREE = word(strchr(value, '\'') + 1);
+            rc = err_set(&ctx->err, EINVAL, "invalid parameter value: %s", bad);
+        } else if (strncmp(reason, "Cluster size", 12))
+            second = second ? SIZE_SUFFIXES "\nqemu-img: Invalid options for file format 'qcow2'"
+                            : SECOND "qemu-img: Invalid options for file format 'qcow2'";
+    }
     if (second)
         err_hint(&ctx->err, "%s", second);
     return rc;

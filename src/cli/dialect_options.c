@@ -72,16 +72,18 @@ bool dialect_option_help(const struct opt *table, unsigned when, bool file) {
     if (!dialect_is_qemu())
         return false;
     for (const struct row *r = rows; r->key; r++) {
-        bool shown = has_row(table, when, r->key);
-        /* Of raw images it is the file that knows it. */
-        if (!strcmp(r->key, "preallocation") && !has_row(table, when, "cluster_size"))
-            shown = false;
-        for (int i = 0; file && of_files[i]; i++)
-            shown |= !strcmp(of_files[i], r->key);
+        bool raw = !has_row(table, when, "cluster_size"), shown = has_row(table, when, r->key);
+        /* Of raw images it is the file that knows these. */
+        for (int i = 0; of_files[i]; i++)
+            if (!strcmp(of_files[i], r->key))
+                shown = file || (shown && !raw);
+        const char *help = r->help;
+        if (raw && !strcmp(r->key, "preallocation"))
+            help = "Preallocation mode (allowed values: off, falloc, full)";
         struct strbuf b AUTO_STRBUF = STRBUF_INIT;
         strbuf_printf(&b, "  %s=<%s>", r->key, r->type);
         if (shown)
-            printf("%-24s - %s\n", b.s, r->help);
+            printf("%-24s - %s\n", b.s, help);
     }
     return true;
 }
@@ -98,6 +100,63 @@ bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text) {
     char *safe AUTO_FREE = cli_safe(text);
     err_set(&ctx->err, EINVAL, "Invalid option list: %s", safe);
     return false;
+}
+
+/* ---------------------------------------------------------------- whole sentences */
+
+#define V3_ONLY(what) what " only supported with compatibility level 1.1 and above (use "
+/* What stands in our sentence, and all of theirs.  `verb` NULL: any; the first that fits counts. */
+static const struct {
+    const char *verb, *mark, *text;
+} sentences[] = {
+    {"measure", "needs compat=1.1: version 2 images have 16 bits",
+     "Different refcount widths than 16 bits require compatibility level 1.1 or above (use "
+     "compat=1.1 or greater)"},
+    {NULL, "needs compat=1.1: version 2 images have 16 bits",
+     "Different refcount widths than 16 bits require compatibility level 1.1 or above (use "
+     "version=v3 or greater)"},
+    {NULL, "lazy_refcounts=on needs compat=1.1",
+     V3_ONLY("Lazy refcounts") "version=v3 or greater)"},
+    {NULL, "compression_type=zstd needs compat=1.1",
+     V3_ONLY("Non-zlib compression type is") "version=v3 or greater)"},
+    {NULL, "extended_l2=on needs compat=1.1",
+     V3_ONLY("Extended L2 entries are") "version=v3 or greater)"},
+    {NULL, "extended_l2=on needs clusters of at least",
+     "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"},
+    {NULL, "data_file_raw=on needs data_file", "data-file-raw requires data-file"},
+    {NULL, "data_file needs compat=1.1",
+     V3_ONLY("External data files are") "version=v3 or greater)"},
+    {NULL, "data_file_raw=on and a backing file exclude",
+     "Backing file and data-file-raw cannot be used at the same time"},
+    {"create", "would hide the backing file: use preallocation=off",
+     "Backing file and preallocation can only be used at the same time if extended_l2 is on"},
+    {NULL, "option 'refcount_bits': ",
+     "Refcount width must be a power of two and may not exceed 64 bits"},
+    {"resize", "needs an L1 table of", "Failed to grow the L1 table: File too large"},
+    {"amend", "needs an L1 table of", "Failed to grow the L1 table: File too large"},
+    {"measure", "needs an L1 table of",
+     "The image size is too large (try using a larger cluster size)"},
+    {NULL, "needs an L1 table of",
+     "The image size is too large for file format 'qcow2' (try using a larger cluster size)"},
+    {NULL, "SIZE and -o size=... say the same", "The image size must be specified only once"},
+    {NULL, "preallocation=metadata does not apply to", "Unsupported preallocation mode: metadata"},
+    {NULL, "-b does not apply to format 'raw'", "Backing file not supported for file format 'raw'"},
+    {NULL, "a version 2 image with internal snapshots cannot change its size",
+     "Can't resize a v2 image which has snapshots"},
+    {"convert", ", too few for the ", "output file is smaller than input file"},
+    {NULL, "-f and --image-opts exclude each other",
+     "--image-opts and --format are mutually exclusive"},
+    {NULL, NULL, NULL},
+};
+
+const char *dialect_sentence(const struct verb *v, const char *text) {
+    if (!dialect_is_qemu() || strstr(text, "expected a number"))
+        return NULL;
+    for (int i = 0; sentences[i].mark; i++)
+        if (strstr(text, sentences[i].mark) &&
+            (!sentences[i].verb || (v && !strcmp(v->name, sentences[i].verb))))
+            return sentences[i].text;
+    return NULL;
 }
 
 /* ---------------------------------------------------------------- amend */
@@ -187,5 +246,8 @@ void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const jso
             put(ctx, refusals[i].text, refusals[i].second);
             return;
         }
-    dialect_options_error(ctx);
+    if (strstr(text, "option 'size': ") && strstr(text, "is larger than"))
+        put(ctx, "Image size cannot be negative", NULL);
+    else
+        dialect_options_error(ctx);
 }

@@ -118,6 +118,7 @@ static int amend_run_co(struct verb_ctx *ctx) {
                          changes_size(ctx) ? flags : flags | OPEN_NO_DATA, &n);
     if (rc < 0)
         return rc;
+    dialect_warn_guessed(ctx, n);
     rc = amend_node_co(ctx, n);
     node_unref_co(n);
     return rc;

@@ -179,7 +179,7 @@ static int measure_run_co(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     struct target t = {0};
     const char *format = a->target_format ? a->target_format : "raw";
-    if (cli_options_want_help(&a->options))
+    if (cli_options_want_help(&a->options) && (!dialect_is_qemu() || ctx->pos_n))
         return cli_print_create_help(ctx, format);
     json_t *tree = NULL;
     struct measure_in in;

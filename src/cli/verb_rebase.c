@@ -182,6 +182,7 @@ static int rebase_run_co(struct verb_ctx *ctx) {
     rc = cli_open_co(ctx, ctx->pos[0], &image, OPEN_RW | (a->unsafe ? OPEN_NO_BACKING : 0), &n);
     if (rc < 0)
         return rc;
+    dialect_warn_guessed(ctx, n);
     rc = rebase_node_co(ctx, n);
     node_unref_co(n);
     return rc;
