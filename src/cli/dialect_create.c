@@ -288,7 +288,7 @@ int dialect_options_error(struct verb_ctx *ctx) {
         else if (value && !strncmp(reason, "Parameter 'preallocation'", 25)) {
             char *bad AUTO_FREE = word(strchr(value, '\'') + 1);
             rc = err_set(&ctx->err, EINVAL, "invalid parameter value: %s", bad);
-        } else if (strncmp(reason, "Cluster size", 12))
+        } else if (strncmp(reason, "Cluster size", 12) && strncmp(reason, "Refcount width", 14))
             second = second ? SIZE_SUFFIXES "\nqemu-img: Invalid options for file format 'qcow2'"
                             : SECOND "qemu-img: Invalid options for file format 'qcow2'";
     }

@@ -41,10 +41,6 @@ struct wish {
 static int parse_wish(struct verb_ctx *ctx, const char *text, struct wish *w) {
     w->sign = *text == '+' || *text == '-' ? *text : 0;
     int rc = size_parse(text + (w->sign != 0), "size", &w->bytes, &ctx->err);
-    if (rc == -ERANGE && dialect_is_qemu()) {
-        err_clear(&ctx->err);
-        return err_set(&ctx->err, EINVAL, "New image size must be positive");
-    }
     if (rc < 0 && dialect_is_qemu())
         return dialect_bad_size(ctx, text);
     return rc;
