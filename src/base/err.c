@@ -15,10 +15,27 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/err.h"
+#include "base/strbuf.h"
+
+/*
+ * Names from images and peers get into sentences on many ways: here is where all of them pass, and
+ * none may drive a terminal.
+ */
+static char *printable(char *s) {
+    const unsigned char *p = (const unsigned char *)s;
+    while (*p >= ' ' && *p < 127)
+        p++;
+    if (!*p)
+        return s;
+    struct strbuf b = STRBUF_INIT;
+    strbuf_put_safe(&b, s, strlen(s));
+    free(s);
+    return strbuf_steal(&b);
+}
 
 static char *format(const char *fmt, va_list ap) {
     char *s = NULL;
-    return vasprintf(&s, fmt, ap) < 0 ? NULL : s;
+    return vasprintf(&s, fmt, ap) < 0 ? NULL : printable(s);
 }
 
 static void replace(struct err *e, int code, char *text) {

@@ -5,7 +5,8 @@
  * A fallible call returns 0 or -errno and, when given one, fills a `struct err` that the caller
  * owns.  The innermost layer calls err_set(); each layer above adds only what it alone knows with
  * err_prefix().  The result reads outside-in: "opening a.qcow2: L1 table: offset 513 is not a
- * multiple of 65536".  No newline, no full stop; what to do about it goes into the hint.
+ * multiple of 65536".  No newline, no full stop; what to do about it goes into the hint.  Control
+ * bytes and invalid UTF-8 become \xNN, so a name from an image may be put in as it is.
  *
  * Library code never prints and never exits.  The request path returns bare -errno and allocates
  * nothing; the edge (job, export, CLI) adds node, offset and length.

@@ -52,7 +52,36 @@ IMAGES = {
     "c4k-data-raw": ("cluster_size=4k,data_file=data,data_file_raw=on", "256k", ["write -P 1 4k 8k"]),
     "c16k-data-extended": ("cluster_size=16k,data_file=data,extended_l2=on", "256k", ["write -P 1 512 9k"]),
     "empty": ("cluster_size=512", "0", []),
+    "c16k-sub": ("cluster_size=16k,extended_l2=on", "256k",
+                 ["write -P 1 0 3k", "write -P 2 20k 600", "write -z 33k 2k", "write -c -P 7 64k 16k"]),
+    "backing": ("cluster_size=512,backing_file=base.raw,backing_fmt=raw", "32k", ["write -P 1 0 3k"]),
 }
+
+# More verbs on images made as above: (options, size, commands); {} is the image.
+VERB_IMAGES = {
+    "snapshots": ("cluster_size=512", "32k", [
+        ["io", "-f", "qcow2", "-c", "write -P 1 0 2k", "{}"], ["snapshot", "-c", "one", "{}"],
+        ["io", "-f", "qcow2", "-c", "write -P 2 1k 2k", "{}"], ["snapshot", "-c", "two", "{}"]]),
+    "snapshot-sub": ("cluster_size=16k,extended_l2=on", "64k", [
+        ["io", "-f", "qcow2", "-c", "write -P 1 0 2k", "{}"], ["snapshot", "-c", "one", "{}"],
+        ["io", "-f", "qcow2", "-c", "write -P 1 1k 2k", "{}"]]),
+    "bitmaps": ("cluster_size=512", "32k", [
+        ["bitmap", "--add", "-g", "512", "{}", "b"], ["io", "-f", "qcow2", "-c", "write -P 1 0 2k", "{}"],
+        ["bitmap", "--add", "-g", "4k", "{}", "c"], ["bitmap", "--disable", "{}", "c"]]),
+    "narrow": ("cluster_size=512", "32k", [
+        ["io", "-f", "qcow2", "-c", "write -P 1 0 2k", "{}"], ["amend", "-o", "refcount_bits=2", "{}"]]),
+}
+
+
+def luks(image):
+    """A version 3 image that says it is encrypted, with the pointer to a LUKS header behind its end."""
+    at, = struct.unpack(">I", image[100:104])
+    cluster = 1 << struct.unpack(">I", image[20:24])[0]
+    image = bytearray(image) + bytes(-len(image) % cluster)
+    pointer = struct.pack(">IIQQ", 0x0537be77, 16, len(image), cluster)
+    image[at:cluster] = (pointer + image[at:cluster])[:cluster - at]
+    image[32:36] = struct.pack(">I", 2)
+    return bytes(image) + (b"LUKS\xba\xbe\0\1aes".ljust(40, b"\0") + b"xts-plain64").ljust(cluster, b"\0")
 
 
 # What strata itself cannot make yet; left out where there is no qemu-img.
@@ -64,6 +93,9 @@ PEER_IMAGES = {
         ["qemu-io", "-c", "write -P 1 0 8k"], ["qemu-img", "snapshot", "-c", "one"]]),
     "bitmap": ("cluster_size=512", "32k", [
         ["qemu-img", "bitmap", "--add", "-g", "512", "{}", "b"], ["qemu-io", "-c", "write 0 2k"]]),
+    "sub": ("cluster_size=16k,extended_l2=on", "128k", [["qemu-io", "-c", "write -P 1 0 2k", "-c", "write -z 3k 1k"]]),
+    "data-file": ("cluster_size=512,data_file=data.raw", "32k", [["qemu-io", "-c", "write -P 1 0 2k"]]),
+    "data-file-raw": ("cluster_size=4k,data_file=data.raw,data_file_raw=on", "32k", []),
 }
 
 
@@ -76,6 +108,8 @@ def programs(rng):
 def make_images(strata, rng):
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "a.qcow2")
+        with open(os.path.join(tmp, "base.raw"), "wb") as f:
+            f.write(b"b" * 20000)
         for name, (options, size, commands) in IMAGES.items():
             subprocess.run([strata, "create", "-q", "-f", "qcow2", "-o", options, path, size],
                            check=True)
@@ -89,14 +123,31 @@ def make_images(strata, rng):
                 yield f"{name}-{i}", data + program
 
 
+def make_verb_images(strata, rng):
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.qcow2")
+        for name, (options, size, commands) in VERB_IMAGES.items():
+            subprocess.run([strata, "create", "-q", "-f", "qcow2", "-o", options, path, size], check=True)
+            for args in commands:
+                subprocess.run([strata] + [a.format(path) if a == "{}" else a for a in args], check=True,
+                               stdout=subprocess.DEVNULL)
+            with open(path, "rb") as f:
+                data = f.read()
+            for i, program in enumerate(programs(rng)):
+                yield f"{name}-{i}", sparse(data) + program
+        subprocess.run([strata, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "64k"], check=True)
+        with open(path, "rb") as f:
+            yield "luks-0", sparse(luks(f.read()))
+
+
 def make_peer_images(rng):
     if not shutil.which("qemu-img") or not shutil.which("qemu-io"):
         return
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "a.qcow2")
         for name, (options, size, commands) in PEER_IMAGES.items():
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size],
-                           check=True)
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o",
+                            options.replace("data.raw", os.path.join(tmp, "data.raw")), path, size], check=True)
             for args in commands:
                 where = [a.format(path) for a in args] + ([] if "{}" in args else [path])
                 subprocess.run(where, check=True, stdout=subprocess.DEVNULL)
@@ -178,7 +229,7 @@ def main():
     strata, folder = sys.argv[1:]
     rng = random.Random(1)
     shutil.rmtree(folder, ignore_errors=True)
-    images = itertools.chain(make_images(strata, rng), make_peer_images(rng))
+    images = itertools.chain(make_images(strata, rng), make_verb_images(strata, rng), make_peer_images(rng))
     targets = {"qcow2_image": images, "qcow2_ops": make_ops(rng),
                "qcow2_tasks": make_tasks(rng),
                "nbd_session": make_nbd(rng), "options": make_options()}

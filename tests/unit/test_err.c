@@ -110,6 +110,15 @@ static void log_goes_to_the_sink_up_to_its_level(void **state) {
     assert_int_equal(calls, 1);
 }
 
+static void test_control_bytes_are_shown(void **state) {
+    struct err e AUTO_ERR = ERR_INIT;
+    err_set(&e, EINVAL, "name '%s'", "a\x1b[31m\x80\xc3\xa9");
+    err_prefix(&e, "in '%s'", "\n");
+    err_hint(&e, "not '%s'", "\x7f");
+    assert_string_equal(e.text, "in '\\x0a': name 'a\\x1b[31m\\x80\xc3\xa9'");
+    assert_string_equal(e.hint, "not '\\x7f'");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(set_returns_the_negated_code_and_formats),
@@ -123,6 +132,7 @@ int main(void) {
         cmocka_unit_test(move_empties_the_source),
         cmocka_unit_test(text_is_never_null),
         cmocka_unit_test(log_goes_to_the_sink_up_to_its_level),
+        cmocka_unit_test(test_control_bytes_are_shown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
