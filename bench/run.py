@@ -310,6 +310,40 @@ def snapshots(d):
     os.unlink(big)
 
 
+def checks(d):
+    """check of 4 TiB, all allocated, without and with a snapshot; and what the checks of every write
+    cost: scattered writes (a step that no cluster size divides) with them and without."""
+    works = ["check of 4 TiB, all allocated", "check of 4 TiB, all allocated, with a snapshot"]
+    overlap = "scattered allocating writes, overlap checks on (peer: off)"
+    if ONLY and not any(ONLY in w for w in works + [overlap]):
+        return
+    big = os.path.join(d, "checks.qcow2")
+    subprocess.run([STRATA, "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", big, "4T"],
+                   check=True)
+    for work in works:
+        if work != works[0]:
+            subprocess.run([STRATA, "snapshot", "-c", "x", big], check=True)
+        peaks = row(work, [("strata", [STRATA, "check", big]),
+                           ("qemu-img", ["qemu-img", "check", big])], ">= 5 x", rounds=min(ROUNDS, 3))
+        if peaks:
+            rows.append((work + ": peak memory", "%.1f MiB" % (peaks["strata"] / 2**20),
+                         "qemu-img %.1f MiB" % (peaks["qemu-img"] / 2**20), "-", "< 72 MiB"))
+    os.unlink(big)
+
+    def fresh(label):
+        subprocess.run([STRATA, "create", "-q", "-f", "qcow2", big, "16G"], check=True)
+
+    def write(mode):
+        image = {"driver": "qcow2", "overlap-check": mode,
+                 "file": {"driver": "file", "filename": big}}
+        return [STRATA, "bench", "-q", "-w", "-t", "unsafe", "-c", "60000", "-s", "4k", "-S", "260k",
+                "json:" + json.dumps(image)]
+
+    row(overlap, [("strata", write("cached")), ("strata, overlap-check=none", write("none"))],
+        ">= 0.95 x", prepare=fresh)
+    os.unlink(big)
+
+
 # ---------------------------------------------------------------- NBD
 
 class Server:
@@ -505,6 +539,7 @@ def main():
         conversions(d, raw, qcow2)
         metadata(d)
         snapshots(d)
+        checks(d)
         img_rows.add(sys.modules[__name__], d, raw, qcow2)
         nbd_rows(d, raw, qcow2)
     finally:

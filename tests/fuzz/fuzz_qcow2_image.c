@@ -229,6 +229,25 @@ static void change_co(struct node *file, struct prog *g, bool clean) {
     node_unref_co(n);
 }
 
+/* check -r all on the image as it came: what a repair calls clean must be clean. */
+static void repair_co(const uint8_t *image, size_t image_len) {
+    struct node *file = fuzz_memory_co(DISK_LIMIT);
+    struct check_result r = {.fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS};
+    struct err e AUTO_ERR = ERR_INIT;
+    uint64_t later = 0;
+    image_load_co(file, image, image_len);
+    struct node *n = open_co(file, OPEN_RW | OPEN_CHECK);
+    int failed = n ? n->drv->format->check_co(n, &r, &e) : -1;
+    node_unref_co(n);
+    if (!failed && !r.corruptions && !r.check_errors) {
+        int after = check_co(file, &later);
+        FUZZ_CHECK(after >= 0 && !later, "%" PRIu64 " corruptions after a repair without any left",
+                   later);
+        FUZZ_CHECK(r.leaks || after == 1, "leaks after a repair without any left");
+    }
+    node_unref_co(file);
+}
+
 static void one_co(void *arg) {
     const struct input *in = arg;
     size_t image_len;
@@ -251,6 +270,7 @@ static void one_co(void *arg) {
         FUZZ_CHECK(clean != 1 || after >= 0, "a clean image can no longer be checked");
         FUZZ_CHECK(clean != 1 || !later, "a clean image has %" PRIu64 " corruptions after writing",
                    later);
+        repair_co(in->data, image_len);
     }
     node_unref_co(file);
 }
