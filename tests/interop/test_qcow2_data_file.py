@@ -54,6 +54,10 @@ def qemu_img(strata, tmp_path):
     return lambda *a: subprocess.run([link, *map(str, a)], capture_output=True, text=True)
 
 
+def without_children(text):
+    return text.split("Child node")[0]
+
+
 # ---------------------------------------------------------------- creation and description
 
 @pytest.mark.parametrize("options", ["", RAW, "preallocation=metadata", "preallocation=falloc",
@@ -82,8 +86,11 @@ def test_both_create_and_use_the_same_image(run, peer, tmp_path, options):
 @pytest.mark.parametrize("options", ["", RAW, "extended_l2=on,lazy_refcounts=on"])
 def test_info_says_what_qemu_img_says_and_opens_nothing(run, peer, qemu_img, tmp_path, options):
     image = create(run, tmp_path, options=options)
-    assert describe(run, image) == describe(peer, image, "qemu-img")
-    assert qemu_img("info", image).stdout == peer("qemu-img", "info", image).stdout
+    ours = describe(run, image)
+    ours.pop("children", None)  # of later versions
+    assert ours == describe(peer, image, "qemu-img")
+    assert without_children(qemu_img("info", image).stdout) == peer("qemu-img", "info",
+                                                                    image).stdout
     (tmp_path / "data").unlink()
     assert f"data file: {tmp_path}/data" in run("info", image).stdout
     run("check", image)
@@ -469,6 +476,6 @@ def test_the_drop_in_name_says_it_in_qemu_imgs_words(peer, qemu_img, tmp_path, a
     said = []
     for program in ("qemu-img", tmp_path / "bin/qemu-img"):
         p = subprocess.run([program, *args.split()], cwd=tmp_path, capture_output=True, text=True)
-        said.append((p.returncode, [l for l in p.stdout.splitlines() if "disk size" not in l],
-                     p.stderr))
+        lines = without_children(p.stdout).splitlines()
+        said.append((p.returncode, [l for l in lines if "disk size" not in l], p.stderr))
     assert said[0] == said[1]

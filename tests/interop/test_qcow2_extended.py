@@ -309,6 +309,6 @@ def test_a_header_with_clusters_too_small_for_subclusters_is_refused(run, peer, 
     run("create", "-q", "-f", "qcow2", "-o", "cluster_size=8k", image, "1M")
     q = Qcow2(image)
     q.set64(72, 1 << 4)
-    p = run("info", "-f", "qcow2", image, status=1)
+    p = run("map", "-f", "qcow2", image, status=1)
     assert "cluster_bits 13 is below 14" in p.stderr
     peer("qemu-img", "info", "-f", "qcow2", image, status=1)
