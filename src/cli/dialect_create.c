@@ -233,6 +233,8 @@ static char *file_reason(const struct err *e, const char *name, const char *text
         *second = *owned = xasprintf(SECOND "Is another process using the image [%s]?", name);
         return xstrdup("Failed to get \"write\" lock");
     }
+    if ((why = behind(text, "growing the file to ")) && (why = strstr(why, ": ")))
+        return xasprintf("Could not resize image%s", why);
     if (!strncmp(text, "unknown format '", 16)) {
         char *fmt AUTO_FREE = word(text + 16);
         return xasprintf("Unknown file format '%s'", fmt);

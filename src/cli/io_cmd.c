@@ -146,8 +146,16 @@ static int io_info_co(struct io_session *s, const struct io_args *a) {
     const struct node *n = s->node;
     char text[32];
     printf("format name: %s\n", n->drv->name);
+    if (!n->drv->format && dialect_is_qemu())
+        printf("format name: %s\n", n->drv->name); /* there, of the protocol too */
     if (n->granularity > 1)
         printf("cluster size: %s\n", io_quantity(n->granularity, text));
+    if (!strcmp(n->drv->name, "qcow2")) {
+        /* Behind what the L2 tables for the disk could map. */
+        uint64_t entry = node_subunit(n) < n->granularity ? 16 : 8;
+        uint64_t span = (uint64_t)n->granularity * (n->granularity / entry);
+        printf("vm state offset: %s\n", io_quantity((double)align_up(n->size, span), text));
+    }
     json_t *more =
         n->drv->format && n->drv->format->describe ? n->drv->format->describe(s->node) : NULL;
     json_t *data = json_object_get(more, "data");

@@ -294,6 +294,23 @@ static int lower_filename(json_t *tree, struct err *e) {
  */
 static void raise_filename(json_t *tree, const struct driver *drv) {
     json_t *file = json_object_get(tree, "file");
+    if (json_is_object(file) && tree_str(file, "driver") &&
+        !strcmp(tree_str(file, "driver"), drv->name)) {
+        /* "blkdebug:CONFIG:IMAGE" for driver=blkdebug: the name's parts are its options. */
+        AUTO_JSON json_t *parts = json_incref(file);
+        const char *key;
+        json_t *value;
+        json_object_del(tree, "file");
+        json_object_foreach(parts, key, value) {
+            json_t *have = json_object_get(tree, key);
+            if (!have)
+                json_object_set(tree, key, value);
+            else if (json_is_object(have) && json_is_string(value) &&
+                     !json_object_get(have, "filename"))
+                json_object_set(have, "filename", value);
+        }
+        return;
+    }
     const char *name = tree_str(file, "filename"), *below = tree_str(file, "driver");
     const char *child = NULL;
     for (const struct opt *o = drv->opts; o && o->name; o++)
@@ -478,7 +495,10 @@ static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct no
     AUTO_JSON json_t *tree = NULL;
     if ((r = name_to_tree(resolved, &tree, e)) < 0)
         return r;
-    if (n->backing_format) {
+    const char *said = tree_str(json_object_get(ctx->tree, "backing"), "driver");
+    if (said) {
+        json_object_set_new(tree, "driver", json_string_nocheck(said));
+    } else if (n->backing_format) {
         /* The record is of the format; what it names must not be a way around the gate. */
         const struct driver *drv = driver_find(n->backing_format);
         if (!drv || !drv->format)
@@ -677,7 +697,7 @@ static void root_want(const struct open_req *req, struct node_want *w) {
 static void apply_format(json_t **tree, const char *format) {
     const char *name = tree_str(*tree, "driver");
     const struct driver *drv = name ? driver_find(name) : NULL;
-    if (drv && drv->storage) {
+    if (drv && drv->storage && strcmp(name, format)) {
         json_t *wrapped = json_object();
         json_object_set_new(wrapped, "file", *tree);
         *tree = wrapped;
@@ -707,8 +727,11 @@ int node_open_co(const struct open_req *req, struct node **out, struct err *e) {
         err_prefix(e, "%s", b.s);
     }
     if (!r && req->name && strncmp(req->name, "json:", 5)) {
+        /* "file:a:b" is ./a:b, which needs no prefix to be taken for a file. */
+        const char *path = strncmp(req->name, "file:", 5) ? req->name : req->name + 5;
         free((*out)->filename);
-        (*out)->filename = xstrdup(req->name);
+        (*out)->filename =
+            xasprintf("%s%s", path != req->name && name_has_protocol(path) ? "./" : "", path);
     }
     return r;
 }
