@@ -17,6 +17,7 @@
 #include "fuzz.h"
 
 #include "disk/bitmap.h"
+#include "disk/snapshot.h"
 
 #define DISK_LIMIT (16 * MIB)
 #define STATUS_STEPS 300
@@ -78,6 +79,9 @@ static void look_co(struct node *file) {
         return;
     json_decref(n->drv->format->describe(n));
     read_bitmaps_co(n);
+    struct snapshot_list list = {0};
+    disk_snapshot_list_co(n, &list, NULL);
+    snapshot_list_free(&list);
     uint64_t at = 0, left = READ_BYTES_MAX;
     for (int i = 0; i < STATUS_STEPS && at < n->size; i++) {
         struct status st;
@@ -182,6 +186,21 @@ static void write_coded_co(struct node *n, struct prog *g, uint64_t at) {
         disk_write_coded_co(n, at, back, (uint32_t)len);
 }
 
+/* Makes, applies or deletes an internal snapshot. */
+static void snapshot_co(struct node *n, struct prog *g, unsigned what) {
+    AUTO_SNAPSHOTS struct snapshot_list list = {0};
+    struct snapshot_info info = {.name = xstrdup("fuzz")};
+    int r = disk_snapshot_list_co(n, &list, NULL);
+    const char *id = !r && list.count ? list.v[prog_u8(g) % list.count].id : NULL;
+    if (what == 0 && list.count < 8)
+        disk_snapshot_create_co(n, &info, NULL);
+    else if (what == 1 && id)
+        disk_snapshot_apply_co(n, id, NULL);
+    else if (what == 2 && id)
+        disk_snapshot_delete_co(n, id, NULL);
+    snapshot_info_free(&info);
+}
+
 static void op_co(struct node *n, struct prog *g, bool clean) {
     unsigned op = prog_u8(g);
     uint64_t at = somewhere(g, n->size);
@@ -214,7 +233,9 @@ static void op_co(struct node *n, struct prog *g, bool clean) {
                        PREALLOC_OFF, NULL);
         break;
     default:
-        if (len)
+        if (op & 0x40)
+            snapshot_co(n, g, op >> 3 & 3);
+        else if (len)
             disk_pread_co(n, at, buf, len);
     }
 }

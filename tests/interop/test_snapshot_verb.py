@@ -253,6 +253,28 @@ def test_missing_backing_file_is_no_obstacle(run, peer, image, tmp_path):
     whole(run, peer, top)
 
 
+@pytest.mark.parametrize("size", ["8M", "12M"])
+def test_applying_makes_bitmaps_call_all_of_the_disk_changed(run, peer, image, tmp_path, size):
+    path, sock = image(), tmp_path / "sock"
+    run("snapshot", "-c", "one", path)
+    run("bitmap", "--add", path, "m")
+    run("resize", path, size)
+    run("snapshot", "-a", "one", path)
+    whole(run, peer, path)
+    p = subprocess.Popen(["qemu-nbd", "-r", "-t", "-B", "m", "-f", "qcow2", "-k", str(sock), str(path)],
+                         stderr=subprocess.PIPE)
+    try:
+        for _ in range(500):
+            if sock.exists() or p.poll() is not None:
+                break
+            time.sleep(0.01)
+        out = peer("nbdinfo", "--map=qemu:dirty-bitmap:m", f"nbd+unix:///?socket={sock}").stdout
+    finally:
+        p.terminate()
+        p.wait()
+    assert out.split() == ["0", str(8 * MIB), "1", "dirty"], p.stderr.read()
+
+
 def vm_state(peer, path):
     """A machine that stops at once saves itself into the image."""
     p = peer("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-monitor", "stdio",

@@ -296,7 +296,8 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (qcow2_cache_init(&s->cache, s->file, slice_bytes, slices_wanted(s, slice_bytes)) < 0)
         return err_set(e, ENOMEM, "no memory for the metadata cache");
     s->node->size = s->h.size;
-    r = qcow2_bitmaps_open_co(s, e);
+    if (!is_snapshot(n)) /* bitmaps are about the disk as it is now */
+        r = qcow2_bitmaps_open_co(s, e);
     if (!r && rw)
         r = make_writable_co(s, e);
     if (r < 0 || rw)
