@@ -7,8 +7,11 @@
  *
  * Invariants: every read gives what the array holds, also after a reopen, in status as in content
  * (what status calls zero is zero); an operation that failed for lack of room leaves old or new
- * bytes; after the close the image has no corruption, and no leak either unless something failed.
+ * bytes; a snapshot that is applied gives back what the disk held when it was made, amended options
+ * change nothing that is read; after the close the image has no corruption, and no leak either
+ * unless something failed.
  */
+#include "disk/snapshot.h"
 #include "fuzz.h"
 
 #define DISK_MAX (128 * KIB)
@@ -165,24 +168,88 @@ static void status_co(struct disk *d) {
     }
 }
 
-static void resize_co(struct disk *d, struct prog *g) {
-    uint64_t size = min_u64(d->size + prog_u8(g) * UINT64_C(512), DISK_MAX);
-    if (size < d->size)
-        return;
+static void resize_co(struct disk *d, struct prog *g, bool shrink) {
+    uint64_t by = prog_u8(g) * UINT64_C(512);
+    uint64_t size = shrink ? d->size - min_u64(by, d->size) : min_u64(d->size + by, DISK_MAX);
     if (disk_resize_co(d->n, size, PREALLOC_OFF, NULL) < 0) {
         d->failed = true;
         return;
     }
     FUZZ_CHECK(d->n->size == size, "the disk has %" PRIu64 " bytes, not %" PRIu64, d->n->size,
                size);
-    /* The grown part shows a longer base, or zeros: ours to find out, and then it must stay. */
-    if (size > d->size) {
+    if (size > d->size) { /* over a longer base, too */
         FUZZ_CHECK(disk_pread_co(d->n, d->size, model + d->size, size - d->size) == 0,
                    "reading the new end failed");
-        FUZZ_CHECK(d->base || bytes_are_zero(model + d->size, size - d->size),
-                   "the new end is not zero");
+        FUZZ_CHECK(bytes_are_zero(model + d->size, size - d->size), "the new end is not zero");
     }
     d->size = size;
+}
+
+/* ---- internal snapshots: what they hold is remembered ---- */
+
+static struct saved {
+    char name[8]; /* empty: free */
+    uint64_t size;
+    uint8_t bytes[DISK_MAX];
+} saved[3];
+
+static void snapshot_co(struct disk *d, struct prog *g) {
+    static unsigned number;
+    struct saved *s = &saved[prog_u8(g) % 3];
+    if (*s->name)
+        return;
+    snprintf(s->name, sizeof(s->name), "s%u", number++ % 100000);
+    struct snapshot_info info = {.name = xstrdup(s->name), .icount = SNAPSHOT_ICOUNT_UNKNOWN};
+    int r = disk_snapshot_create_co(d->n, &info, NULL);
+    snapshot_info_free(&info);
+    if (r < 0) {
+        d->failed = true; /* it may be there or not */
+        *s->name = 0;
+        return;
+    }
+    s->size = d->size;
+    memcpy(s->bytes, model, d->size);
+}
+
+/* Deleted, or the disk returns to it. */
+static void use_snapshot_co(struct disk *d, struct prog *g, bool apply) {
+    struct saved *s = &saved[prog_u8(g) % 3];
+    AUTO_SNAPSHOTS struct snapshot_list list = {0};
+    struct err e AUTO_ERR = ERR_INIT;
+    if (!*s->name)
+        return;
+    int r = disk_snapshot_list_co(d->n, &list, &e);
+    FUZZ_CHECK(r == 0, "the snapshots cannot be listed: %s", err_text(&e));
+    const struct snapshot_info *x = snapshot_find(&list, NULL, s->name);
+    FUZZ_CHECK(x, "snapshot '%s' is gone", s->name);
+    r = apply ? disk_snapshot_apply_co(d->n, x->id, &e) : disk_snapshot_delete_co(d->n, x->id, &e);
+    if (r < 0) {
+        d->failed = true;
+        if (!apply)
+            *s->name = 0;
+        return;
+    }
+    if (apply) {
+        d->size = s->size;
+        memcpy(model, s->bytes, s->size);
+        FUZZ_CHECK(d->n->size == d->size, "the disk has %" PRIu64 " bytes, not %" PRIu64,
+                   d->n->size, d->size);
+    } else {
+        *s->name = 0;
+    }
+    read_co(d, 0, d->size);
+}
+
+static void amend_co(struct disk *d, struct prog *g) {
+    unsigned how = prog_u8(g);
+    struct amend_ctx ctx = {0};
+    json_t *o = how & 8    ? json_pack("{s:s}", "compat", how & 1 ? "0.10" : "1.1")
+                : how & 16 ? json_pack("{s:b}", "lazy_refcounts", how & 1)
+                           : json_pack("{s:i}", "refcount_bits", 1 << how % 7);
+    if (disk_amend_co(d->n, o, &ctx, NULL) < 0)
+        d->failed = true; /* refused, or no room */
+    json_decref(o);
+    read_co(d, 0, d->size);
 }
 
 static void reopen_co(struct disk *d) {
@@ -204,7 +271,7 @@ static void op_co(struct disk *d, struct prog *g) {
         len *= 4;
     }
     len = min_u64(len, d->size - at);
-    switch (op % 16) {
+    switch (op % 20) {
     case 0:
     case 1:
     case 2:
@@ -234,10 +301,22 @@ static void op_co(struct disk *d, struct prog *g) {
             d->failed = true;
         break;
     case 13:
-        resize_co(d, g);
+        resize_co(d, g, op & 0x20);
         break;
     case 14:
         reopen_co(d);
+        break;
+    case 15:
+        snapshot_co(d, g);
+        break;
+    case 16:
+        use_snapshot_co(d, g, true);
+        break;
+    case 17:
+        use_snapshot_co(d, g, false);
+        break;
+    case 18:
+        amend_co(d, g);
         break;
     default:
         read_co(d, at, len);
@@ -272,6 +351,8 @@ static void finish_co(struct disk *d) {
 static void one_co(void *arg) {
     struct prog *g = arg;
     struct disk d = {0};
+    for (int i = 0; i < 3; i++)
+        *saved[i].name = 0;
     if (create_co(&d, g)) {
         for (int i = 0; i < OPS_MAX && prog_more(g); i++)
             op_co(&d, g);
