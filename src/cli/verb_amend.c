@@ -29,7 +29,7 @@ static const struct cli_opt opts[] = {
     CLI_LIST(struct args, options, 'o', "options", "KEY=VALUE,...",
              "what to change; -o help lists what the format can"),
     CLI_FLAG(struct args, force, 0, "force",
-             "also where something is lost that the new form cannot hold: bitmaps in version 2"),
+             "for changes that can lock one out of an encrypted image; nothing here needs it yet"),
     CLI_FLAG(struct args, shrink, 0, "shrink",
              "allow a smaller size=: what lies behind the new end is lost"),
     PROGRESS_ROWS(struct args, progress),

@@ -159,7 +159,7 @@ struct measure_result {
 
 enum amend_flags {
     AMEND_SHRINK = 1, /* size= may cut off data */
-    AMEND_FORCE = 2,  /* what loses something that the guest does not see: see the drivers */
+    AMEND_FORCE = 2,  /* what can make an image unusable (keys); no driver has such a change yet */
 };
 
 struct amend_ctx {

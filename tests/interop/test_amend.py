@@ -242,12 +242,51 @@ def test_zstd_goes_to_version_2_only_without_compressed_clusters(run, peer, tmp_
     peer("qemu-img", "compare", src, path)
 
 
-def test_bitmaps_are_not_dropped_unasked(run, peer, tmp_path):
+def test_bitmaps_survive_other_amendments(run, peer, tmp_path):
+    path = tmp_path / "a.qcow2"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    peer("qemu-img", "bitmap", "--add", "--enable", path, "b0")
+    io(peer, path, "write 0 64k")
+    before = specific(peer, path)["bitmaps"]
+    for options in "refcount_bits=1", "lazy_refcounts=on", "refcount_bits=64,size=2M":
+        run("amend", "-o", options, path)
+        clean(peer, run, path)
+        assert specific(peer, path)["bitmaps"] == before
+
+
+def test_data_file_is_renamed_and_raw_switched_off(run, peer, tmp_path):
+    path = tmp_path / "a.qcow2"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", path,
+         "1M", cwd=tmp_path)
+    assert "existing" not in run("amend", "-o", "data_file_raw=on", path).stderr
+    run("amend", "-o", "data_file_raw=off,refcount_bits=8", path)
+    assert specific(peer, path)["data-file-raw"] is False
+    assert "existing" in run("amend", "-o", "data_file_raw=on", path, status=1).stderr
+    run("amend", "-o", "data_file=other.raw", path)
+    assert specific(peer, path)["data-file"] == "other.raw"
+    run("amend", "-o", "refcount_bits=16", path)
+    assert "data file" in run("amend", "-o", "compat=0.10", path, status=1).stderr
+    run("amend", "-o", "data_file=", path)
+    assert "data-file" not in specific(peer, path)
+
+
+def test_a_dirty_image_is_mended_and_amended(run, peer, tmp_path):
+    path = tmp_path / "a.qcow2"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", path, "1M")
+    q = Qcow2(path)
+    q.write(79, b"\x01")
+    run("amend", "-o", "compat=0.10", path)
+    assert specific(peer, path)["compat"] == "0.10"
+    clean(peer, run, path)
+
+
+def test_bitmaps_are_not_dropped(run, peer, tmp_path):
     path = tmp_path / "a.qcow2"
     peer("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
     peer("qemu-img", "bitmap", "--add", path, "b0")
     before = path.read_bytes()
-    assert "bitmaps" in run("amend", "-o", "compat=0.10", path, status=1).stderr
+    for force in [], ["--force"]:
+        assert "bitmaps" in run("amend", *force, "-o", "compat=0.10", path, status=1).stderr
     assert path.read_bytes()[96:] == before[96:], "but for feature bits, which opening may clear"
 
 

@@ -12,7 +12,7 @@
  *
  * Refused are the same changes as in qemu-img amend: what version 2 cannot hold, another backing
  * file (that is rebase's work), data_file_raw=on for an image that was not made so.  Beyond it,
- * bitmaps are not dropped unasked on the way to version 2.
+ * bitmaps are not dropped on the way to version 2.
  *
  * Facts: the public qcow2 specification; the rules of qemu-img amend as it shows them.
  */
@@ -152,10 +152,10 @@ static int judge_version_2_co(const struct change *c, struct err *e) {
                        "version 2 cannot hold the image's incompatible features 0x%" PRIx64 ": %s",
                        bad, name);
     }
-    if (s->h.has_bitmaps && s->h.bitmaps_count && !(c->ctx->flags & AMEND_FORCE)) {
+    if (s->h.has_bitmaps && s->h.bitmaps_count) {
         err_set(e, ENOTSUP, "version 2 cannot hold the image's %" PRIu32 " bitmaps",
                 s->h.bitmaps_count);
-        err_hint(e, "remove them first");
+        err_hint(e, "remove them first: strata bitmap --remove");
         return -ENOTSUP;
     }
     for (uint32_t i = 0; i < s->h.trailing_len; i++)
