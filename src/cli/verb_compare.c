@@ -5,6 +5,9 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include "base/cleanup.h"
 #include "base/err.h"
 #include "cli/cli.h"
 #include "cli/dialect.h"
@@ -82,7 +85,23 @@ static int report(const struct compare_args *a, const struct node *n1, const str
     return STATUS_SAME;
 }
 
-static int fail_status(struct verb_ctx *ctx, const struct compare_result *res) {
+static int fail_status(struct verb_ctx *ctx, const struct node *n1, const struct node *n2,
+                       const struct compare_result *res) {
+    const char *at = strstr(err_text(&ctx->err), " at offset ");
+    if (dialect_is_qemu() && res->stage == COMPARE_READ && at) {
+        /* "reading NAME at offset N: why" in that program's order. */
+        const struct node *n =
+            !strncmp(ctx->err.text + 8, n1->filename, strlen(n1->filename)) ? n1 : n2;
+        char *rest AUTO_FREE = xstrdup(at + 11), *colon = strchr(rest, ':');
+        int code = ctx->err.code;
+        if (colon)
+            *colon = 0;
+        err_clear(&ctx->err);
+        err_set(&ctx->err, code, "Error while reading offset %s of %s: %s", rest, n->filename,
+                strerror(code));
+        if (n1->size != n2->size)
+            printf("Warning: Image size mismatch!\n");
+    }
     cli_print_error(ctx, &ctx->err);
     return res->stage == COMPARE_MAP    ? STATUS_MAP
            : res->stage == COMPARE_READ ? STATUS_READ
@@ -106,7 +125,7 @@ static int compare_both_co(struct verb_ctx *ctx, struct node *n1, struct node *n
     loop_off_signal(ctx->loop, SIGTERM);
     if (show)
         progress_end(&v.bar, r == 0);
-    return r < 0 ? fail_status(ctx, &res) : report(a, n1, n2, &res);
+    return r < 0 ? fail_status(ctx, n1, n2, &res) : report(a, n1, n2, &res);
 }
 
 static int compare_run_verb_co(struct verb_ctx *ctx) {
