@@ -155,16 +155,20 @@ static int status_of(const struct check_result *r) {
 }
 
 /* Prints what to do about what is left. */
-static void print_hint(const struct args *a, const struct check_result *r, const char *name) {
+static void print_hint(const struct args *a, const struct check_result *r, const struct node *n) {
+    unsigned repairs = n->drv->format->repairs;
     if (dialect_is_qemu() || a->quiet || a->output == OUTPUT_JSON)
         return;
-    char *safe AUTO_FREE = cli_safe(name);
-    if (r->corruptions && !a->repair)
+    char *safe AUTO_FREE = cli_safe(n->filename);
+    if (r->corruptions && !repairs)
+        puts("Nothing repairs images of this format: copy what can be read to a new one with "
+             "convert.");
+    else if (r->corruptions && !a->repair)
         printf("To repair it: strata check -r all %s\n", safe);
     else if (r->corruptions)
         puts("What is left cannot be repaired without losing data: it can be read, so copy it to a "
              "new image with convert.");
-    else if (r->leaks && !a->repair)
+    else if (r->leaks && repairs && !a->repair)
         printf("To give the space back: strata check -r leaks %s\n", safe);
 }
 
@@ -206,7 +210,7 @@ static int check_node_co(struct verb_ctx *ctx, struct node *n, unsigned fix) {
         print_json(n, &r);
     else if (!a->quiet)
         print_human(&r);
-    print_hint(a, &r, n->filename);
+    print_hint(a, &r, n);
     return status_of(&r);
 }
 
@@ -241,7 +245,12 @@ static int check_run_co(struct verb_ctx *ctx) {
     if (rc < 0)
         return rc;
     if (n->drv->format && n->drv->format->check_co) {
-        rc = check_node_co(ctx, n, fix);
+        rc = fix & ~n->drv->format->repairs
+                 ? err_set(&ctx->err, ENOTSUP,
+                           cli_words("%s: images of format '%s' cannot be repaired",
+                                     "This image format does not support checks%.0s%.0s"),
+                           n->filename, n->drv->name)
+                 : check_node_co(ctx, n, fix);
         if (rc == -ENOTSUP) {
             cli_print_error(ctx, &ctx->err);
             err_clear(&ctx->err);

@@ -332,7 +332,8 @@ struct format_ops {
     int (*snapshot_apply_co)(struct node *n, const char *id, struct err *e);
     int (*snapshot_delete_co)(struct node *n, const char *id, struct err *e);
 
-    /* See struct check_result.  `fix` where nothing can be repaired: -ENOTSUP. */
+    unsigned repairs; /* what check_co can repair: mask of enum check_fix; no other is asked for */
+    /* See struct check_result. */
     int (*check_co)(struct node *n, struct check_result *r, struct err *e);
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);

@@ -13,6 +13,7 @@
     X(bochs)                                                                                       \
     X(cloop)                                                                                       \
     X(qcow)                                                                                        \
+    X(parallels)                                                                                   \
     X(qed)                                                                                         \
     X(file)                                                                                        \
     X(host_device)                                                                                 \

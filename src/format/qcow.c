@@ -26,6 +26,7 @@
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
+#include "format/in_place.h"
 #include "format/pages.h"
 #include "format/qcow2/codec.h"
 #include "runtime/task.h"
@@ -371,8 +372,7 @@ static void qcow_abandon(struct node *n, const struct placement *p) {
 static int qcow_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct qcow *s = qcow_of(n);
     bool below = n->backing || n->backing_name;
-    if (!(n->flags & NODE_UNMAP))
-        zero_flags &= ~(unsigned)ZERO_MAY_UNMAP;
+    zero_flags = in_place_zero_flags(n, zero_flags);
     for (uint64_t done = 0; done < length;) {
         struct extent x;
         struct placement p;
@@ -387,20 +387,6 @@ static int qcow_set_zero_co(struct node *n, uint64_t offset, uint64_t length, un
                 r = qcow_publish_co(n, &p);
             x.length = r ? x.length : p.length;
         }
-        if (r < 0)
-            return r;
-        done += x.length;
-    }
-    return 0;
-}
-
-static int qcow_discard_co(struct node *n, uint64_t offset, uint64_t length) {
-    struct qcow *s = qcow_of(n);
-    for (uint64_t done = 0; n->flags & NODE_UNMAP && done < length;) {
-        struct extent x;
-        int r = qcow_map_co(n, offset + done, length - done, &x);
-        if (!r && x.kind == EXTENT_DATA)
-            r = disk_discard_co(s->file, x.host_offset, x.length);
         if (r < 0)
             return r;
         done += x.length;
@@ -559,7 +545,7 @@ static const struct format_ops qcow_format = {
     .publish_co = qcow_publish_co,
     .abandon = qcow_abandon,
     .set_zero_co = qcow_set_zero_co,
-    .discard_co = qcow_discard_co,
+    .discard_co = in_place_discard_co,
     .flush_co = qcow_flush_co,
     .empty_co = qcow_empty_co,
     .measure = qcow_measure,

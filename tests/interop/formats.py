@@ -32,6 +32,8 @@ SHAPES = [
     Shape("vpc", checked=False, exact=False),
     Shape("vpc", "force_size=on", "force_size=on", checked=False),
     Shape("vpc", "subformat=fixed,force_size=on", "subformat=fixed,force_size=on", checked=False),
+    Shape("parallels"),
+    Shape("parallels", "cluster_size=64k", "cluster_size=64k"),
     Shape("qcow", backing=True, checked=False, sets_backing=False),
     Shape("qed", backing=True),
     # Beyond 16 MiB of such clusters qemu-img finds leaks in what it wrote itself.

@@ -466,6 +466,7 @@ static const struct format_ops qcow2_format = {
     .snapshot_create_co = qcow2_snapshot_create_co,
     .snapshot_apply_co = qcow2_snapshot_apply_co,
     .snapshot_delete_co = qcow2_snapshot_delete_co,
+    .repairs = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS,
     .check_co = qcow2_check_co,
     .describe = qcow2_describe,
     .measure = qcow2_measure,

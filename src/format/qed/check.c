@@ -5,13 +5,12 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
-#include <stdio.h>
 
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "disk/io.h"
 #include "format/qed/qed.h"
+#include "format/problem.h"
 #include "format/seen.h"
 
 #define PIECE ((uint32_t)MIB)
@@ -22,19 +21,6 @@ struct walk {
     struct seen seen; /* clusters of the file */
     uint64_t named, last_data;
 };
-
-static void problem(struct walk *w, bool leak, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
-static void problem(struct walk *w, bool leak, const char *fmt, ...) {
-    char text[200];
-    va_list ap;
-    if (!w->r->report)
-        return;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof(text), fmt, ap);
-    va_end(ap);
-    w->r->report(w->r->arg, leak, text);
-}
 
 /* Marks [offset, +bytes).  1: it is shared with something else. -ENOMEM. */
 static int mark(struct walk *w, uint64_t offset, uint64_t bytes) {
@@ -55,11 +41,10 @@ static int check_data(struct walk *w, uint64_t guest, uint64_t entry) {
     if (entry <= QED_ENTRY_ZERO)
         return 0;
     if (!qed_inside(s, entry, 0) || entry >= s->file->size) {
-        w->r->corruptions++;
-        problem(w, false,
-                "the L2 entry of guest offset %" PRIu64 " names %" PRIu64
-                ", which is unaligned or not in the file",
-                guest, entry);
+        problem_corruption(w->r,
+                           "the L2 entry of guest offset %" PRIu64 " names %" PRIu64
+                           ", which is unaligned or not in the file",
+                           guest, entry);
         return 0;
     }
     w->r->allocated_clusters++;
@@ -68,10 +53,9 @@ static int check_data(struct walk *w, uint64_t guest, uint64_t entry) {
     w->last_data = entry;
     int r = mark(w, entry, 1);
     if (r > 0) {
-        w->r->corruptions++;
-        problem(w, false,
-                "the cluster at %" PRIu64 ", of guest offset %" PRIu64 ", has another name, too",
-                entry, guest);
+        problem_corruption(
+            w->r, "the cluster at %" PRIu64 ", of guest offset %" PRIu64 ", has another name, too",
+            entry, guest);
     }
     return r < 0 ? r : 0;
 }
@@ -94,17 +78,15 @@ static int check_l1_entry_co(struct walk *w, uint64_t index, uint64_t table, uin
     if (!table)
         return 0;
     if (!qed_inside(s, table, s->table_bytes)) {
-        w->r->corruptions++;
-        problem(w, false,
-                "L1 entry %" PRIu64 " names a table at %" PRIu64
-                ", which is unaligned or not in the file",
-                index, table);
+        problem_corruption(w->r,
+                           "L1 entry %" PRIu64 " names a table at %" PRIu64
+                           ", which is unaligned or not in the file",
+                           index, table);
         return 0;
     }
     int r = mark(w, table, s->table_bytes);
     if (r > 0) {
-        w->r->corruptions++;
-        problem(w, false, "the L2 table at %" PRIu64 " overlaps something else", table);
+        problem_corruption(w->r, "the L2 table at %" PRIu64 " overlaps something else", table);
         return 0; /* walking tables that many entries name could take for ever */
     }
     return r < 0 ? r : check_l2_co(w, guest, table, buf);
@@ -146,8 +128,8 @@ int qed_check_co(struct node *n, struct check_result *r, struct err *e) {
     r->total_clusters = div_up(n->size, s->h.cluster_size);
     r->image_end_offset = s->file->size;
     if (clusters > w.named) {
-        r->leaks += clusters - w.named;
-        problem(&w, true, "%" PRIu64 " clusters of the file are not in use", clusters - w.named);
+        problem_leaks(r, clusters - w.named, "%" PRIu64 " clusters of the file are not in use",
+                      clusters - w.named);
     }
     return 0;
 }

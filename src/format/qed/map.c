@@ -7,6 +7,7 @@
 #include "base/ck.h"
 #include "base/plant.h"
 #include "disk/io.h"
+#include "format/in_place.h"
 #include "format/qed/qed.h"
 
 static int table_page_co(struct qed *s, uint64_t table, uint64_t index, unsigned level,
@@ -226,8 +227,7 @@ void qed_abandon(struct node *n, const struct placement *p) {
 /* A cluster that is there stays, as nothing would know that it is free: its bytes are zeroed. */
 int qed_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct qed *s = qed_of(n);
-    if (!(n->flags & NODE_UNMAP))
-        zero_flags &= ~(unsigned)ZERO_MAY_UNMAP;
+    zero_flags = in_place_zero_flags(n, zero_flags);
     for (uint64_t done = 0; done < length;) {
         struct extent x;
         int r = pages_crowded(&s->pages) ? qed_flush_co(n) : 0;
@@ -238,20 +238,6 @@ int qed_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned z
         else if (!r && x.kind == EXTENT_HOLE && (n->backing || n->backing_name))
             r = set_entries_co(s, offset + done, div_up(x.length, s->h.cluster_size),
                                QED_ENTRY_ZERO, 0);
-        if (r < 0)
-            return r;
-        done += x.length;
-    }
-    return 0;
-}
-
-int qed_discard_co(struct node *n, uint64_t offset, uint64_t length) {
-    struct qed *s = qed_of(n);
-    for (uint64_t done = 0; n->flags & NODE_UNMAP && done < length;) {
-        struct extent x;
-        int r = qed_map_co(n, offset + done, length - done, &x);
-        if (!r && x.kind == EXTENT_DATA)
-            r = disk_discard_co(s->file, x.host_offset, x.length);
         if (r < 0)
             return r;
         done += x.length;

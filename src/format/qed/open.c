@@ -9,6 +9,7 @@
 #include "base/ck.h"
 #include "disk/io.h"
 #include "disk/open.h"
+#include "format/in_place.h"
 #include "format/qed/qed.h"
 
 #define PAGES_BYTES (16 * MIB) /* of tables in memory */
@@ -217,7 +218,7 @@ static const struct format_ops qed_format = {
     .publish_co = qed_publish_co,
     .abandon = qed_abandon,
     .set_zero_co = qed_set_zero_co,
-    .discard_co = qed_discard_co,
+    .discard_co = in_place_discard_co,
     .reach_co = qed_reach_co,
     .resize_co = qed_resize_co,
     .flush_co = qed_flush_co,

@@ -96,7 +96,6 @@ int qed_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flag
 int qed_publish_co(struct node *n, const struct placement *p);
 void qed_abandon(struct node *n, const struct placement *p);
 int qed_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
-int qed_discard_co(struct node *n, uint64_t offset, uint64_t length);
 int qed_flush_co(struct node *n);
 
 /* ---- create.c ---- */

@@ -7,29 +7,15 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
-#include <stdio.h>
 
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "disk/io.h"
+#include "format/problem.h"
 #include "format/seen.h"
 #include "format/vdi/vdi.h"
 
 #define PIECE ((uint32_t)MIB)
-
-static void problem(struct check_result *r, bool leak, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
-static void problem(struct check_result *r, bool leak, const char *fmt, ...) {
-    char text[160];
-    va_list ap;
-    if (!r->report)
-        return;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof(text), fmt, ap);
-    va_end(ap);
-    r->report(r->arg, leak, text);
-}
 
 struct walk {
     struct vdi *s;
@@ -42,20 +28,18 @@ static int check_entry(struct walk *w, uint32_t block, uint32_t index) {
     if (index >= VDI_ZERO)
         return 0;
     if (index >= w->seen.units) {
-        w->r->corruptions++;
-        problem(w->r, false,
-                "map entry %" PRIu32 " names block %" PRIu32 ", the file holds %" PRIu64, block,
-                index, w->seen.units);
+        problem_corruption(w->r,
+                           "map entry %" PRIu32 " names block %" PRIu32 ", the file holds %" PRIu64,
+                           block, index, w->seen.units);
         return 0;
     }
     int met = seen_add(&w->seen, index);
     if (met < 0)
         return met;
     if (met) {
-        w->r->corruptions++;
-        problem(w->r, false,
-                "map entry %" PRIu32 " names block %" PRIu32 ", which another entry names too",
-                block, index);
+        problem_corruption(
+            w->r, "map entry %" PRIu32 " names block %" PRIu32 ", which another entry names too",
+            block, index);
         return 0;
     }
     w->r->allocated_clusters++;
@@ -97,14 +81,13 @@ int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
     r->total_clusters = s->h.blocks;
     r->image_end_offset = s->h.data_offset + (uint64_t)w.highest * (s->h.block_size + s->h.extra);
     if (s->h.allocated < w.highest) {
-        r->corruptions++;
-        problem(r, false, "the header counts %" PRIu32 " blocks, and block %" PRIu32 " is in use",
-                s->h.allocated, w.highest - 1);
+        problem_corruption(r,
+                           "the header counts %" PRIu32 " blocks, and block %" PRIu32 " is in use",
+                           s->h.allocated, w.highest - 1);
     } else if (s->h.allocated > r->allocated_clusters) {
         uint64_t unused = s->h.allocated - r->allocated_clusters;
-        r->leaks += unused;
-        problem(r, true, "%" PRIu64 " of %" PRIu32 " blocks are not in use", unused,
-                s->h.allocated);
+        problem_leaks(r, unused, "%" PRIu64 " of %" PRIu32 " blocks are not in use", unused,
+                      s->h.allocated);
     }
     return 0;
 }

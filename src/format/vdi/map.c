@@ -10,6 +10,7 @@
 #include "base/ck.h"
 #include "base/plant.h"
 #include "disk/io.h"
+#include "format/in_place.h"
 #include "format/vdi/vdi.h"
 
 #define SCAN_BYTES ((uint32_t)MIB)
@@ -197,8 +198,7 @@ void vdi_abandon(struct node *n, const struct placement *p) {
 /* Blocks have no gaps, so one that is there stays: its bytes are zeroed where they lie. */
 int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct vdi *s = vdi_of(n);
-    if (!(n->flags & NODE_UNMAP))
-        zero_flags &= ~(unsigned)ZERO_MAY_UNMAP;
+    zero_flags = in_place_zero_flags(n, zero_flags);
     for (uint64_t done = 0; done < length;) {
         struct extent x;
         int r = pages_crowded(&s->pages) ? vdi_flush_co(n) : 0;
@@ -218,20 +218,6 @@ int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned z
                 le32_store(entry, VDI_ZERO);
             }
         }
-        if (r < 0)
-            return r;
-        done += x.length;
-    }
-    return 0;
-}
-
-int vdi_discard_co(struct node *n, uint64_t offset, uint64_t length) {
-    struct vdi *s = vdi_of(n);
-    for (uint64_t done = 0; n->flags & NODE_UNMAP && done < length;) {
-        struct extent x;
-        int r = vdi_map_co(n, offset + done, length - done, &x);
-        if (!r && x.kind == EXTENT_DATA)
-            r = disk_discard_co(s->file, x.host_offset, x.length);
         if (r < 0)
             return r;
         done += x.length;

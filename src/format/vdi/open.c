@@ -9,6 +9,7 @@
 #include "base/ck.h"
 #include "disk/io.h"
 #include "disk/open.h"
+#include "format/in_place.h"
 #include "format/vdi/vdi.h"
 
 #define PAGES_BYTES (8 * MIB) /* of the map in memory: 2 TiB of disk */
@@ -242,7 +243,7 @@ static const struct format_ops vdi_format = {
     .publish_co = vdi_publish_co,
     .abandon = vdi_abandon,
     .set_zero_co = vdi_set_zero_co,
-    .discard_co = vdi_discard_co,
+    .discard_co = in_place_discard_co,
     .reach_co = vdi_reach_co,
     .resize_co = vdi_resize_co,
     .flush_co = vdi_flush_co,

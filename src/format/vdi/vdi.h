@@ -117,7 +117,6 @@ int vdi_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flag
 int vdi_publish_co(struct node *n, const struct placement *p);
 void vdi_abandon(struct node *n, const struct placement *p);
 int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
-int vdi_discard_co(struct node *n, uint64_t offset, uint64_t length);
 int vdi_flush_co(struct node *n);
 
 /* ---- create.c ---- */

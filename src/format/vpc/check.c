@@ -5,30 +5,16 @@
  */
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "disk/io.h"
+#include "format/problem.h"
 #include "format/vpc/vpc.h"
 
 #define PIECE ((uint32_t)MIB)
-
-static void problem(struct check_result *r, bool leak, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
-static void problem(struct check_result *r, bool leak, const char *fmt, ...) {
-    char text[200];
-    va_list ap;
-    if (!r->report)
-        return;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof(text), fmt, ap);
-    va_end(ap);
-    r->report(r->arg, leak, text);
-}
 
 static int by_sector(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
@@ -51,11 +37,10 @@ static int read_entries_co(struct vpc *s, struct check_result *r, uint32_t *sect
             if (entry == VPC_UNUSED)
                 continue;
             if (!entry || at + s->bitmap_bytes >= room) {
-                r->corruptions++;
-                problem(r, false,
-                        "entry %" PRIu64 " names a block at %" PRIu64 ", which the file (%" PRIu64
-                        " bytes) does not hold",
-                        block + i, at, room);
+                problem_corruption(r,
+                                   "entry %" PRIu64 " names a block at %" PRIu64
+                                   ", which the file (%" PRIu64 " bytes) does not hold",
+                                   block + i, at, room);
                 continue;
             }
             sectors[(*count)++] = entry;
@@ -76,14 +61,12 @@ static void check_overlaps(struct vpc *s, struct check_result *r, uint32_t *sect
     qsort(sectors, count, sizeof(*sectors), by_sector);
     for (uint64_t i = 0; i < count; i++) {
         if (i && sectors[i] < sectors[i - 1] + length) {
-            r->corruptions++;
-            problem(r, false, "the block at %" PRIu64 " overlaps the one before",
-                    (uint64_t)sectors[i] * VPC_SECTOR);
+            problem_corruption(r, "the block at %" PRIu64 " overlaps the one before",
+                               (uint64_t)sectors[i] * VPC_SECTOR);
         }
         if (sectors[i] < 3 || ranges_overlap(sectors[i], length, bat, bat_length)) {
-            r->corruptions++;
-            problem(r, false, "the block at %" PRIu64 " overlaps a header or the table",
-                    (uint64_t)sectors[i] * VPC_SECTOR);
+            problem_corruption(r, "the block at %" PRIu64 " overlaps a header or the table",
+                               (uint64_t)sectors[i] * VPC_SECTOR);
         }
         used = max_u64(used, (sectors[i] + length) * VPC_SECTOR);
     }
@@ -99,10 +82,9 @@ static int check_footer_co(struct vpc *s, struct check_result *r) {
     if (rc)
         return rc;
     if (memcmp(buf, s->footer, sizeof(buf))) {
-        r->leaks++;
-        problem(r, true,
-                "the footer at the end is missing or differs from its copy in front; the "
-                "next write puts it right");
+        problem_leaks(r, 1,
+                      "the footer at the end is missing or differs from its copy in front; the "
+                      "next write puts it right");
     }
     return 0;
 }

@@ -8,6 +8,7 @@
 #include "base/ck.h"
 #include "base/plant.h"
 #include "disk/io.h"
+#include "format/in_place.h"
 #include "format/vpc/vpc.h"
 
 #define SCAN_BYTES ((uint32_t)MIB)
@@ -378,8 +379,7 @@ void vpc_abandon(struct node *n, const struct placement *p) {
 
 int vpc_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct vpc *s = vpc_of(n);
-    if (!(n->flags & NODE_UNMAP))
-        zero_flags &= ~(unsigned)ZERO_MAY_UNMAP;
+    zero_flags = in_place_zero_flags(n, zero_flags);
     for (uint64_t done = 0; done < length;) {
         struct extent x;
         struct placement p;
@@ -394,20 +394,6 @@ int vpc_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned z
                 r = vpc_publish_co(n, &p);
             x.length = r ? x.length : p.length;
         }
-        if (r < 0)
-            return r;
-        done += x.length;
-    }
-    return 0;
-}
-
-int vpc_discard_co(struct node *n, uint64_t offset, uint64_t length) {
-    struct vpc *s = vpc_of(n);
-    for (uint64_t done = 0; n->flags & NODE_UNMAP && done < length;) {
-        struct extent x;
-        int r = vpc_map_co(n, offset + done, length - done, &x);
-        if (!r && x.kind == EXTENT_DATA)
-            r = disk_discard_co(s->file, x.host_offset, x.length);
         if (r < 0)
             return r;
         done += x.length;

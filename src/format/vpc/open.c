@@ -10,6 +10,7 @@
 #include "base/strbuf.h"
 #include "disk/io.h"
 #include "disk/open.h"
+#include "format/in_place.h"
 #include "format/vpc/vpc.h"
 
 #define PAGES_BYTES (12 * MIB) /* of tables and bitmaps in memory */
@@ -293,7 +294,7 @@ static const struct format_ops vpc_format = {
     .publish_co = vpc_publish_co,
     .abandon = vpc_abandon,
     .set_zero_co = vpc_set_zero_co,
-    .discard_co = vpc_discard_co,
+    .discard_co = in_place_discard_co,
     .reach_co = vpc_reach_co,
     .resize_co = vpc_resize_co,
     .flush_co = vpc_flush_co,

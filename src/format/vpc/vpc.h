@@ -143,7 +143,6 @@ int vpc_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flag
 int vpc_publish_co(struct node *n, const struct placement *p);
 void vpc_abandon(struct node *n, const struct placement *p);
 int vpc_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
-int vpc_discard_co(struct node *n, uint64_t offset, uint64_t length);
 int vpc_flush_co(struct node *n);
 /* Finds the end of the blocks; before anything is appended. */
 int vpc_scan_co(struct vpc *s);
