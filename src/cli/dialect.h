@@ -55,8 +55,8 @@ void dialect_print_error(const struct err *e);
 
 /* ---- errors that verbs and helpers put into that program's words ---- */
 /*
- * Rewrites the error of opening `name` (`before`: "Could not open" or another such start, a text with a
- * %s where the name goes, or one that ends in ": ").
+ * Rewrites the error of opening `name` (`before`: "Could not open" or another such start, a text
+ * with a %s where the name goes, or one that ends in ": ").
  */
 void dialect_open_error(struct verb_ctx *ctx, const char *name, const char *format,
                         const char *before);
