@@ -72,7 +72,7 @@ int err_errno(struct err *e, int code, const char *fmt, ...) {
 
 int err_prefix(struct err *e, const char *fmt, ...) {
     if (!e)
-        return 0;
+        return -EIO;
     va_list ap;
     va_start(ap, fmt);
     char *head AUTO_FREE = format(fmt, ap);

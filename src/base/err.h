@@ -36,7 +36,10 @@ int err_set(struct err *e, int code, const char *fmt, ...) __attribute__((format
 /* As err_set, appending ": " and the text of the errno `code`. */
 int err_errno(struct err *e, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
-/* Puts "fmt: " before the text.  Returns -code (so `return err_prefix(...)`).  No-op on NULL. */
+/*
+ * Puts "fmt: " before the text.  Returns -code (so `return err_prefix(...)`).  On NULL only -EIO:
+ * which error it was is lost, that there was one is not.
+ */
 int err_prefix(struct err *e, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 /* Says what the user can do.  The innermost hint stays: a second one is ignored. */

@@ -124,8 +124,8 @@ enum check_fix {
 /*
  * What `check` found.  Counters are exact; the list of problems is bounded by the reporter.
  *
- * With `fix` (a mask of enum check_fix; the node is read-write and nobody else uses it) the problems
- * are reported as they were met, then repaired as far as possible.  corruptions, leaks and
+ * With `fix` (a mask of enum check_fix; the node is read-write and nobody else uses it) the
+ * problems are reported as they were met, then repaired as far as possible.  corruptions, leaks and
  * check_errors then count what a last look still finds, corruptions_fixed and leaks_fixed what was
  * repaired.  A program killed in the middle leaves an image that is no worse than before.  Guest
  * data that could be read before reads the same afterwards.
@@ -338,8 +338,8 @@ struct format_ops {
     /* Format-specific information, new reference ("format-specific" of info). NULL: none. */
     json_t *(*describe)(struct node *n);
     /* How long the file of a new image with these options gets. */
-    int (*measure)(const void *create_opts, const struct measure_in *in,
-                   struct measure_result *out, struct err *e);
+    int (*measure)(const void *create_opts, const struct measure_in *in, struct measure_result *out,
+                   struct err *e);
 };
 
 /* ---------------------------------------------------------------- storage */

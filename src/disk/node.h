@@ -82,12 +82,12 @@ struct node {
     unsigned storage_flags;    /* enum storage_kind_flags */
     const struct codec *codec; /* format that can take coded units: what encodes them */
 
-    struct node *file;    /* format, filter: where its bytes lie */
+    struct node *file;      /* format, filter: where its bytes lie */
     struct node *data_file; /* format: where guest bytes lie when not in `file`; NULL: there */
-    struct node *backing; /* format: what holes read as; NULL none */
-    char *backing_name;   /* what the image's header claims, unopened too; NULL none */
-    char *backing_format; /* recorded format of it; NULL none */
-    char *data_name;      /* external data file that the header claims, unopened too; NULL none */
+    struct node *backing;   /* format: what holes read as; NULL none */
+    char *backing_name;     /* what the image's header claims, unopened too; NULL none */
+    char *backing_format;   /* recorded format of it; NULL none */
+    char *data_name;        /* external data file that the header claims, unopened too; NULL none */
 
     struct range_lock locks; /* orders requests (io.c) */
     unsigned in_flight;      /* requests inside the engine */

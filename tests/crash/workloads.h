@@ -5,13 +5,13 @@
 
 #include "lab.h"
 
-extern const struct workload write_workloads[]; /* write.c: requests of guests */
-extern const struct workload chain_workloads[]; /* chain.c: several images, sizes, raw */
-extern const struct workload amend_workloads[]; /* amend.c: options changed in use */
-extern const struct workload repair_workloads[]; /* repair.c: damage, and its repair */
-extern const struct workload bitmap_workloads[]; /* bitmap.c: dirty bitmaps */
+extern const struct workload write_workloads[];    /* write.c: requests of guests */
+extern const struct workload chain_workloads[];    /* chain.c: several images, sizes, raw */
+extern const struct workload amend_workloads[];    /* amend.c: options changed in use */
+extern const struct workload repair_workloads[];   /* repair.c: damage, and its repair */
+extern const struct workload bitmap_workloads[];   /* bitmap.c: dirty bitmaps */
 extern const struct workload snapshot_workloads[]; /* snapshot.c: internal snapshots */
-extern const struct workload apart_workloads[]; /* apart.c: subclusters, external data files */
-extern const struct workload format_workloads[]; /* formats.c: the formats but qcow2 */
+extern const struct workload apart_workloads[];    /* apart.c: subclusters, external data files */
+extern const struct workload format_workloads[];   /* formats.c: the formats but qcow2 */
 
 #endif

@@ -20,7 +20,7 @@ static void set_returns_the_negated_code_and_formats(void **state) {
 static void set_accepts_null(void **state) {
     assert_int_equal(err_set(NULL, EIO, "x"), -EIO);
     assert_int_equal(err_errno(NULL, ENOENT, "x"), -ENOENT);
-    assert_int_equal(err_prefix(NULL, "x"), 0);
+    assert_int_equal(err_prefix(NULL, "x"), -EIO);
     err_hint(NULL, "x");
     err_clear(NULL);
 }

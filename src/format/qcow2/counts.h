@@ -3,9 +3,9 @@
  * A number for every host cluster, mostly 0 or 1: what `check` counts references with.
  *
  * Pages of 4096 clusters, made when first touched: one bit a cluster (512 bytes) while all its
- * numbers are 0 or 1, then 2, 4 and 8 bits as they grow; 255 and more live in a hash table.  A 4 TiB
- * image of 64 KiB clusters, all in use, takes 8 MiB; 16 MiB with a snapshot or two of all of it,
- * 32 MiB with up to fourteen.
+ * numbers are 0 or 1, then 2, 4 and 8 bits as they grow; 255 and more live in a hash table.  A 4
+ * TiB image of 64 KiB clusters, all in use, takes 8 MiB; 16 MiB with a snapshot or two of all of
+ * it, 32 MiB with up to fourteen.
  *
  * Pure memory, no I/O.  The clusters of a call must be below `clusters` (asserted).
  */

@@ -225,7 +225,8 @@ static int data_barrier_co(struct qcow2 *s) {
 
 static int picture_write_co(struct qcow2 *s, struct picture *p) {
     bool third = !list_empty(&p->reachable) || p->l1.count;
-    int r = PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks, EVENT_refblock_update_part);
+    int r =
+        PLANTED(REFCOUNTS_LAST) ? 0 : write_slices_co(s, &p->refblocks, EVENT_refblock_update_part);
     if (!r && !PLANTED(L1_BEFORE_L2))
         r = write_slices_co(s, &p->fresh, EVENT_l2_alloc_write);
     if (!r && (p->reftable.count || third) && !PLANTED(NO_BARRIER_BEFORE_TABLES))

@@ -40,8 +40,8 @@ enum {
 
 /* Fields that are rewritten alone: where they stand. */
 enum {
-    QCOW2_HEADER_SIZE_AT = 24,      /* size, (crypt), L1 entries, L1 offset: 24 bytes */
-    QCOW2_HEADER_REFTABLE_AT = 48,  /* refcount table offset and clusters: 12 bytes */
+    QCOW2_HEADER_SIZE_AT = 24,         /* size, (crypt), L1 entries, L1 offset: 24 bytes */
+    QCOW2_HEADER_REFTABLE_AT = 48,     /* refcount table offset and clusters: 12 bytes */
     QCOW2_HEADER_INCOMPATIBLE_AT = 72, /* 8 bytes */
     QCOW2_HEADER_AUTOCLEAR_AT = 88,    /* 8 bytes */
 };

@@ -104,8 +104,8 @@ struct qcow2 {
     /* NODE_CHECK opens only: why a table was not loaded (entries = 0 then); NULL: it was */
     char *l1_problem, *reftable_problem;
     char *bitmaps_problem; /* why a read-only image shows no bitmaps; NULL: it shows them */
-    uint8_t *luks;        /* NODE_LOOK: the LUKS header, QCOW2_LUKS_HEADER bytes; NULL: none */
-    uint64_t counted_end; /* NODE_LOOK: behind the last cluster that is counted; 0: not known */
+    uint8_t *luks;         /* NODE_LOOK: the LUKS header, QCOW2_LUKS_HEADER bytes; NULL: none */
+    uint64_t counted_end;  /* NODE_LOOK: behind the last cluster that is counted; 0: not known */
 
     struct qcow2_cache cache;
 
