@@ -85,12 +85,28 @@ int err_prefix(struct err *e, const char *fmt, ...) {
     return -e->code;
 }
 
+/* A hint that begins with \001 is lines for the user's side to print as they are: these stay. */
+static char *hint_lines(char *s) {
+    struct strbuf b = STRBUF_INIT;
+    strbuf_puts(&b, "\001");
+    for (const char *line = s + 1; line;) {
+        size_t length = strcspn(line, "\n");
+        strbuf_put_safe(&b, line, length);
+        if (line[length])
+            strbuf_puts(&b, "\n");
+        line = line[length] ? line + length + 1 : NULL;
+    }
+    free(s);
+    return strbuf_steal(&b);
+}
+
 void err_hint(struct err *e, const char *fmt, ...) {
     if (!e || !e->code || e->hint)
         return;
     va_list ap;
     va_start(ap, fmt);
-    e->hint = format(fmt, ap);
+    char *s = NULL;
+    e->hint = vasprintf(&s, fmt, ap) < 0 ? NULL : *s == '\001' ? hint_lines(s) : printable(s);
     va_end(ap);
 }
 

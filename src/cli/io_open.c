@@ -131,6 +131,7 @@ int io_open_co(struct io_session *s, const struct io_open *o) {
     }
     if (r < 0) {
         s->node = NULL;
+        forget_opened(s);
         dialect_open_error(s->ctx, o->name ? o->name : "", o->format,
                            req.name ? "can't open device %s: " : "can't open: ");
         cli_print_error(s->ctx, e);
