@@ -28,7 +28,7 @@
 #include "disk/open.h"
 #include "format/in_place.h"
 #include "format/pages.h"
-#include "format/qcow2/codec.h"
+#include "format/codec.h"
 #include "runtime/task.h"
 
 #define MAGIC 0x514649fbu
@@ -137,7 +137,7 @@ static int qcow_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (!r)
         r = node_open_backing_co(n, ctx, e);
     n->granularity = (uint32_t)s->cluster_size;
-    n->codec = &qcow2_codec_deflate;
+    n->codec = &codec_deflate;
     return r;
 }
 

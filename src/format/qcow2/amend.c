@@ -16,6 +16,7 @@
  *
  * Facts: the public qcow2 specification; the rules of qemu-img amend as it shows them.
  */
+#include "format/codec.h"
 #include "format/qcow2/amend.h"
 
 #include <errno.h>
@@ -266,7 +267,7 @@ static int downgrade_co(const struct change *c, struct qcow2_amend_progress *p, 
     }
     free(old.feature_table);
     if (s->node->codec)
-        s->node->codec = &qcow2_codec_deflate;
+        s->node->codec = &codec_deflate;
     return PLANTED(DOWNGRADE_BEFORE_ZEROS) ? qcow2_expand_zeros_co(s, p, e) : 0;
 }
 

@@ -24,6 +24,7 @@
 #include "disk/bitmap.h"
 #include "disk/io.h"
 #include "disk/open.h"
+#include "format/codec.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qcow2/snapshot.h"
 
@@ -326,8 +327,7 @@ static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     n->granularity = s->cluster_size;
     n->subunit = (uint32_t)1 << s->sub_bits;
     if (!qcow2_data_apart(s))
-        n->codec = s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &qcow2_codec_zstd
-                                                                   : &qcow2_codec_deflate;
+        n->codec = s->h.compression_type == QCOW2_COMPRESSION_ZSTD ? &codec_zstd : &codec_deflate;
     if (s->h.backing_file)
         n->backing_name = xstrdup(s->h.backing_file);
     if (s->h.backing_file && s->h.backing_format)

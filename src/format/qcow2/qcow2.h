@@ -20,7 +20,7 @@
  *      marks.c      the dirty and corrupt bits
  *      check*.c counts.c repair*.c
  *      snapshot.c   internal snapshots (snapshot.h), by way of shift.c: new tables in one step
- *      codec.c create.c measure.c describe.c
+ *      create.c measure.c describe.c
  *      bitmap_dir.c bitmap_store.c  persistent dirty bitmaps (bitmap.h)
  *
  * Invariants
@@ -339,9 +339,6 @@ int qcow2_table_write_co(struct qcow2 *s, uint64_t host, const uint64_t *entries
                          uint64_t bytes);
 /* As qcow2_flush_co, until nothing is dirty (what limbo releases included): close, keep. */
 int qcow2_writeback_all_co(struct qcow2 *s);
-
-/* ---- codec.c ---- */
-extern const struct codec qcow2_codec_deflate, qcow2_codec_zstd;
 
 /* ---- create.c, measure.c ---- */
 enum { QCOW2_CREATE_ENCRYPT = 8 }; /* number of encrypt.* options */

@@ -32,7 +32,7 @@
  * Sources: RFC 1951, RFC 8878, zlib.h, libdeflate.h, isa-l igzip_lib.h, zstd.h; the reader's rules
  * from qemu block/qcow2-threads.c.
  */
-#include "format/qcow2/codec.h"
+#include "format/codec.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -178,7 +178,7 @@ static int qcow2_deflate_decode(const void *in, size_t in_len, void *out, size_t
     return inflate_tolerant(in, in_len, out, out_len);
 }
 
-const struct codec qcow2_codec_deflate = {
+const struct codec codec_deflate = {
     .name = "zlib",
     .decode = qcow2_deflate_decode,
     .encode = qcow2_deflate_encode,
@@ -239,7 +239,7 @@ static int qcow2_zstd_decode(const void *in, size_t in_len, void *out, size_t ou
     return 0;
 }
 
-const struct codec qcow2_codec_zstd = {
+const struct codec codec_zstd = {
     .name = "zstd",
     .decode = qcow2_zstd_decode,
     .encode = qcow2_zstd_encode,

@@ -16,7 +16,7 @@
 #include <zlib.h>
 #include <zstd.h>
 #include "base/bytes.h"
-#include "format/qcow2/codec.h"
+#include "format/codec.h"
 
 enum { CLUSTER_MAX = 2 << 20 };
 
@@ -82,7 +82,7 @@ static void round_trip(const struct codec *c, size_t len) {
     /* The tail of the last sector is somebody else's data. */
     assert_int_equal(c->decode(code, n + 17, out, len), 0);
     assert_memory_equal(in, out, len);
-    if (c == &qcow2_codec_deflate && len <= 256 * KIB)
+    if (c == &codec_deflate && len <= 256 * KIB)
         assert_inflates_with_4k_window(code, n, in, len);
 }
 
@@ -119,31 +119,31 @@ static void fill_mixed(uint8_t *p, size_t len) {
 }
 
 static void deflate_round_trips_zeros(void **st) {
-    all_sizes(&qcow2_codec_deflate, fill_zero);
+    all_sizes(&codec_deflate, fill_zero);
 }
 static void deflate_round_trips_text(void **st) {
-    all_sizes(&qcow2_codec_deflate, fill_text);
+    all_sizes(&codec_deflate, fill_text);
 }
 static void deflate_round_trips_mixed(void **st) {
     for (unsigned i = 0; i < 8; i++)
-        all_sizes(&qcow2_codec_deflate, fill_mixed);
+        all_sizes(&codec_deflate, fill_mixed);
 }
 static void zstd_round_trips_zeros(void **st) {
-    all_sizes(&qcow2_codec_zstd, fill_zero);
+    all_sizes(&codec_zstd, fill_zero);
 }
 static void zstd_round_trips_text(void **st) {
-    all_sizes(&qcow2_codec_zstd, fill_text);
+    all_sizes(&codec_zstd, fill_text);
 }
 static void zstd_round_trips_mixed(void **st) {
     for (unsigned i = 0; i < 8; i++)
-        all_sizes(&qcow2_codec_zstd, fill_mixed);
+        all_sizes(&codec_zstd, fill_mixed);
 }
 
 static void random_data_is_nospc(void **st) {
     rng = 99;
     fill_random(in, 65536);
-    assert_int_equal(qcow2_codec_deflate.encode(in, 65536, code, 65536), -ENOSPC);
-    assert_int_equal(qcow2_codec_zstd.encode(in, 65536, code, 65536), -ENOSPC);
+    assert_int_equal(codec_deflate.encode(in, 65536, code, 65536), -ENOSPC);
+    assert_int_equal(codec_zstd.encode(in, 65536, code, 65536), -ENOSPC);
 }
 
 /* Matches exactly 4096 apart, in random data whose histogram selects the fast level. */
@@ -154,15 +154,15 @@ static void deflate_of_repeated_random_block_stays_in_window(void **st) {
         fill_random(in, distance[k]);
         for (size_t i = distance[k]; i < 65536; i++)
             in[i] = in[i - distance[k]];
-        round_trip(&qcow2_codec_deflate, 65536);
+        round_trip(&codec_deflate, 65536);
         if (distance[k] < 4095) /* and the short repeat is found although the bytes look random */
-            assert_true(qcow2_codec_deflate.encode(in, 65536, code, 65536) > 0);
+            assert_true(codec_deflate.encode(in, 65536, code, 65536) > 0);
     }
 }
 
 /* The result is smaller than out_cap or refused, at every capacity around its length. */
 static void encode_respects_out_cap(void **st) {
-    const struct codec *codecs[] = {&qcow2_codec_deflate, &qcow2_codec_zstd};
+    const struct codec *codecs[] = {&codec_deflate, &codec_zstd};
     for (unsigned k = 0; k < 2; k++) {
         rng = 4;
         fill_text(in, 65536);
@@ -197,7 +197,7 @@ static void deflate_decodes_zlib_of_any_level_and_window(void **st) {
             assert_int_equal(deflate(&s, Z_FINISH), Z_STREAM_END);
             size_t n = s.total_out;
             deflateEnd(&s);
-            assert_int_equal(qcow2_codec_deflate.decode(code, n, out, 65536), 0);
+            assert_int_equal(codec_deflate.decode(code, n, out, 65536), 0);
             assert_memory_equal(in, out, 65536);
         }
 }
@@ -206,17 +206,17 @@ static void deflate_decodes_zlib_of_any_level_and_window(void **st) {
 static void deflate_accepts_output_full_before_stream_end(void **st) {
     rng = 12;
     fill_text(in, 65536);
-    ssize_t n = qcow2_codec_deflate.encode(in, 65536, code, 65536);
+    ssize_t n = codec_deflate.encode(in, 65536, code, 65536);
     assert_true(n > 0);
     static const size_t len[] = {1, 511, 512, 4096, 30001, 65535};
     for (unsigned k = 0; k < 6; k++) {
-        assert_int_equal(qcow2_codec_deflate.decode(code, n, out, len[k]), 0);
+        assert_int_equal(codec_deflate.decode(code, n, out, len[k]), 0);
         assert_memory_equal(in, out, len[k]);
     }
 }
 
 static void short_stream_is_eio(void **st) {
-    const struct codec *codecs[] = {&qcow2_codec_deflate, &qcow2_codec_zstd};
+    const struct codec *codecs[] = {&codec_deflate, &codec_zstd};
     for (unsigned k = 0; k < 2; k++) {
         rng = 13;
         fill_text(in, 32768);
@@ -230,7 +230,7 @@ static void short_stream_is_eio(void **st) {
 
 /* A cut code never decodes to the whole cluster, and never to wrong bytes. */
 static void truncated_code_is_eio(void **st) {
-    const struct codec *codecs[] = {&qcow2_codec_deflate, &qcow2_codec_zstd};
+    const struct codec *codecs[] = {&codec_deflate, &codec_zstd};
     for (unsigned k = 0; k < 2; k++) {
         rng = 14;
         fill_text(in, 4096);
@@ -252,7 +252,7 @@ static void truncated_code_is_eio(void **st) {
 }
 
 static void garbage_never_writes_outside(void **st) {
-    const struct codec *codecs[] = {&qcow2_codec_deflate, &qcow2_codec_zstd};
+    const struct codec *codecs[] = {&codec_deflate, &codec_zstd};
     for (unsigned k = 0; k < 2; k++) {
         rng = 15 + k;
         fill_mixed(in, 4096);
@@ -290,7 +290,7 @@ static void zstd_decodes_several_frames(void **st) {
         n += f;
     }
     fill_random(code + n, 300);
-    assert_int_equal(qcow2_codec_zstd.decode(code, n + 300, out, 65536), 0);
+    assert_int_equal(codec_zstd.decode(code, n + 300, out, 65536), 0);
     assert_memory_equal(in, out, 65536);
 }
 
@@ -308,22 +308,22 @@ static void zstd_decodes_streamed_frame(void **st) {
     ZSTD_inBuffer none = {NULL, 0, 0};
     assert_int_equal(ZSTD_compressStream2(c, &o, &none, ZSTD_e_end), 0);
     ZSTD_freeCCtx(c);
-    assert_int_equal(qcow2_codec_zstd.decode(code, o.pos, out, 65536), 0);
+    assert_int_equal(codec_zstd.decode(code, o.pos, out, 65536), 0);
     assert_memory_equal(in, out, 65536);
 }
 
 static void zstd_frame_larger_than_the_cluster_is_eio(void **st) {
     rng = 23;
     fill_text(in, 65536);
-    ssize_t n = qcow2_codec_zstd.encode(in, 65536, code, 65536);
-    assert_int_equal(qcow2_codec_zstd.decode(code, n, out, 32768), -EIO);
+    ssize_t n = codec_zstd.encode(in, 65536, code, 65536);
+    assert_int_equal(codec_zstd.decode(code, n, out, 32768), -EIO);
 }
 
 static void zstd_empty_frames_end_with_eio(void **st) {
     size_t n = 0;
     for (unsigned i = 0; i < 50; i++)
         n += ZSTD_compress(code + n, sizeof(code) - n, in, 0, 1);
-    assert_int_equal(qcow2_codec_zstd.decode(code, n, out, 512), -EIO);
+    assert_int_equal(codec_zstd.decode(code, n, out, 512), -EIO);
 }
 
 /* Contexts are per thread and freed with it (the leak checker looks). */
@@ -332,7 +332,7 @@ static void *thread_main(void *arg) {
     uint64_t bad = 0;
     for (unsigned i = 0; i < 65536; i++)
         src[i] = (i * (uintptr_t)arg) >> 5;
-    const struct codec *codecs[] = {&qcow2_codec_deflate, &qcow2_codec_zstd};
+    const struct codec *codecs[] = {&codec_deflate, &codec_zstd};
     for (unsigned turn = 0; turn < 20; turn++)
         for (unsigned k = 0; k < 2; k++) {
             ssize_t n = codecs[k]->encode(src, 65536, buf, 65536);
