@@ -516,7 +516,8 @@ static void cut_before_sync_co(void *arg) {
 
 static struct node *make_image(const struct shape *sh) {
     struct err e AUTO_ERR = ERR_INIT;
-    struct node *file = disk_new(2 * sh->size + 24 * MIB, sh->node_flags);
+    /* Room that is given back is used again only after a flush, and clusters may be large. */
+    struct node *file = disk_new(4 * sh->size + 24 * MIB, sh->node_flags);
     char text[256];
     snprintf(text, sizeof(text), "{\"size\": %llu%s%s}", (unsigned long long)sh->size,
              *sh->options ? ", " : "", sh->options);
