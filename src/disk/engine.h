@@ -6,6 +6,7 @@
 #define STRATA_DISK_ENGINE_H
 
 #include "disk/bitmap.h"
+#include "base/cleanup.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -79,6 +80,28 @@ int write_zeros_co(struct node *n, uint64_t offset, uint64_t length);
 /* ---- gate.c ---- */
 int gate_check(enum gate gate, const char *image, const char *resolved, const char *claimed,
                struct err *e);
+
+/* ---- open_tree.c: option trees; new ones are owned by the caller ---- */
+static inline void json_unref(json_t **j) {
+    json_decref(*j);
+}
+#define AUTO_JSON AUTO(json_unref)
+/* {"driver": .., "filename": ..} of the storage that `name` means. */
+int tree_from_storage_name(const char *name, json_t **out, struct err *e);
+/* The tree of the image that `name` means: its storage below "file", or what json: says. */
+int tree_from_name(const char *name, json_t **out, struct err *e);
+/* A child written as a string is a name; as an object it is a tree. */
+int tree_from_child(const json_t *value, bool storage, json_t **out, struct err *e);
+const char *tree_str(const json_t *tree, const char *key); /* NULL: not there, or no string */
+/* The core keys over what the parent handed down. */
+int tree_node_flags(const json_t *tree, unsigned *flags, struct err *e);
+/* "filename" given to a format means its file's name. */
+int tree_lower_filename(json_t *tree, struct err *e);
+/* And a file's name given to a storage driver or a filter is its own, or its child's. */
+void tree_raise_filename(json_t *tree, const struct driver *drv);
+char *tree_display_name(const json_t *tree); /* for messages */
+/* Says nothing but what the storage below is: that one's name tells as much. */
+bool tree_is_plain(const json_t *tree);
 
 /* ---- open.c ---- */
 /* Keys of every node, passed over when a driver's table is filled. */

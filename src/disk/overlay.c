@@ -42,10 +42,6 @@
 #define L1_BYTES_MAX (4 * MIB)
 #define COPY_PIECE MIB
 
-static void json_unref(json_t **j) {
-    json_decref(*j);
-}
-
 static const char *scratch_dir(const struct overlay_opts *opts) {
     const char *tmp = getenv("TMPDIR");
     if (opts && opts->scratch_dir && *opts->scratch_dir)
@@ -69,7 +65,7 @@ static int format_scratch_co(struct node *file, const struct driver *qcow2, uint
     uint64_t cluster = OVERLAY_CLUSTER_MIN;
     while (cluster < OVERLAY_CLUSTER_MAX && size / (cluster * cluster / 8) * 8 > L1_BYTES_MAX)
         cluster *= 2;
-    json_t *opts AUTO(json_unref) =
+    AUTO_JSON json_t *opts =
         json_pack("{s:I, s:I}", "size", (json_int_t)size, "cluster_size", (json_int_t)cluster);
     if (!opts)
         return err_set(e, ENOMEM, "out of memory");
