@@ -227,7 +227,7 @@ const struct workload bitmap_workloads[] = {
      .options = "backing_file=lab:1,backing_fmt=qcow2",
      .below = {{.format = "qcow2", .options = "cluster_size=4k", .size = 2 * MIB, .filled = true}},
      .size = 2 * MIB,
-     .requests = 20,
+     .requests = 28,
      .flush = 10,
      .max_blocks = 24,
      .ops = bitmap_ops,
