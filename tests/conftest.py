@@ -96,3 +96,24 @@ def seed():
     value = int(os.environ.get("STRATA_SEED", time.time_ns() % 10**9))
     print(f"STRATA_SEED={value}")
     return value
+
+
+@pytest.fixture(scope="session")
+def create_luks(peer):
+    """create_luks(path): a LUKS-encrypted qcow2 by qemu-img.
+
+    It times its key derivation, and gives up when the clock is too coarse for that: so several
+    tries.
+    """
+
+    def call(path, size="1M"):
+        for _ in range(100):
+            p = peer("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc",
+                     "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path,
+                     size, status=None)
+            if "accurate CPU usage" not in p.stderr:
+                break
+            time.sleep(0.05)
+        assert p.returncode == 0, p.stderr
+
+    return call

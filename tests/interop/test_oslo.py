@@ -22,13 +22,12 @@ def parsed(text, form):
 
 
 @pytest.fixture(scope="module")
-def images(peer, tmp_path_factory):
+def images(peer, create_luks, tmp_path_factory):
     d = tmp_path_factory.mktemp("oslo")
     peer("qemu-img", "create", "-q", "-f", "raw", d / "raw", "3M")
     peer("qemu-img", "create", "-q", "-f", "qcow2", "-b", "raw", "-F", "raw", d / "overlay")
     peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", d / "old", "5G")
-    peer("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
-         "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", d / "luks", "1M")
+    create_luks(d / "luks")
     return d
 
 
