@@ -263,7 +263,8 @@ int pipe_layout_done_co(struct node *image, struct pipe_layout *l, struct err *e
     int r = disk_flush_co(image);
     if (r < 0)
         return err_errno(e, -r, "writing the metadata");
-    qsort(l->runs, l->count, sizeof(*l->runs), by_host);
+    if (l->count)
+        qsort(l->runs, l->count, sizeof(*l->runs), by_host);
     l->file = image->file;
     l->total = image->file->size;
     if (l->count)

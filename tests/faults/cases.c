@@ -266,11 +266,12 @@ static int convert(struct trial *t, const char *to, const char *format, bool com
     struct create_ctx ctx = {.name = path(t, to), .flags = CREATE_UNNAMED};
     struct open_req req = {.flags = OPEN_RW | OPEN_UNMAP};
     struct node *file = NULL, *dst = NULL;
-    json_t *options = json_pack("{s:i}", "size", (int)SIZE);
     WITH(t, src, "top.qcow2", 0);
+    json_t *options = json_pack("{s:i}", "size", (int)SIZE);
     const struct driver *drv = driver_find(format);
     r = storage_create_co(&ctx, &file, &t->e);
     r = r ? r : format_create_co(file, drv, options, &t->e);
+    json_decref(options);
     r = r ? r : node_open_on_co(file, drv, NULL, &req, &dst, &t->e);
     if (!r) {
         r = copy_run_co(src, dst, SIZE, 0, &opts, &t->e);
