@@ -33,7 +33,7 @@ const char *path(const struct trial *t, const char *name) {
     static char buf[4][600];
     static unsigned next;
     char *p = buf[next++ % 4];
-    snprintf(p, sizeof(buf[0]), "%s/work/%s", t->dir, name);
+    snprintf(p, sizeof(buf[0]), "%s/trial/%s", t->dir, name);
     return p;
 }
 

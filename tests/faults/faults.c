@@ -4,9 +4,9 @@
  *
  *     faults [-d SAMPLES -e EVERY] [-k KIND -n N] DIR [CASE ...]    exit 1 when something was found
  *
- * -k (enum fault_kind) and -n choose one fault, for a debugger; DIR/work is left as it was then.
+ * -k (enum fault_kind) and -n choose one fault, for a debugger; DIR/trial is left as it was then.
  *
- * A case works on small images in DIR/work, which are put there afresh from DIR/seed each time.
+ * A case works on small images in DIR/trial, which are put there afresh from DIR/seed each time.
  * The n-th allocation or I/O call fails (inject.h), for n = 1, 2, 3 ... until the case ends before
  * it comes to that.  Afterwards, without faults:
  *
