@@ -149,12 +149,9 @@ int qed_empty_co(struct node *n, struct err *e) {
  */
 static int place_name(const struct qed *s, size_t length, uint32_t *offset) {
     uint64_t room = (uint64_t)s->h.header_size * s->h.cluster_size;
-    uint64_t behind = align_up((uint64_t)s->h.name_offset + s->h.name_length, 512);
-    uint64_t at = s->h.features & QED_BACKING_FILE && s->h.name_offset < 512 + length
-                      ? max_u64(behind, 512)
-                      : QED_HEADER_BYTES;
-    if (at == QED_HEADER_BYTES)
-        at = 512; /* not in the sector of the header */
+    uint64_t at = 512; /* not in the sector of the header */
+    if (s->h.features & QED_BACKING_FILE && s->h.name_offset < at + length)
+        at = align_up(max_u64(at, (uint64_t)s->h.name_offset + s->h.name_length), 512);
     if (at + length > room)
         return -ENOSPC;
     *offset = (uint32_t)at;
