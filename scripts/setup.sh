@@ -22,7 +22,7 @@ packages=(
     libnbd0 liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libcmocka-dev
     # the peers that tests and bench compare with
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio python3-oslo.utils
-    bximage libvhdi-utils 7zip cloop-utils
+    libvirt-daemon libvirt-clients bximage libvhdi-utils 7zip cloop-utils
     # the guest of `run`, `make try` and its tests
     $qemu busybox-static cpio gzip e2fsprogs xfsprogs
     # test tools
