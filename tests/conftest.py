@@ -44,6 +44,21 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if i not in gone]
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        item.failed_once = True
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """pytest's own, gone when the test has passed: a whole run would fill 20 GB otherwise."""
+    yield tmp_path
+    if not getattr(request.node, "failed_once", False):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def strata():
     """Path of the program under test."""

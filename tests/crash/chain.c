@@ -256,6 +256,8 @@ const struct workload chain_workloads[] = {
      .discard = 8,
      .max_blocks = 12,
      .ops = emptying,
+     .judge_co = judge_base_co,
+     .free = free_commits,
      .below = {QCOW2_BASE("cluster_size=4k", MIB)}},
     {.name = "rebase",
      .plants = "REBASE_NAMED_EARLY",
