@@ -260,9 +260,16 @@ static int list_plants(void) {
     return 0;
 }
 
+static int list_workloads(void) {
+    for (size_t s = 0; s < sizeof(sets) / sizeof(*sets); s++)
+        for (const struct workload *w = sets[s]; w->name; w++)
+            puts(w->name);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     struct settings set = {.states = 2000, .seed = 1, .sample_every = 100};
-    for (int c; (c = getopt(argc, argv, "n:s:p:w:d:e:j:lxo")) != -1;) {
+    for (int c; (c = getopt(argc, argv, "n:s:p:w:d:e:j:lLxo")) != -1;) {
         if (c == 'n')
             set.states = strtoul(optarg, NULL, 0);
         else if (c == 's')
@@ -281,11 +288,13 @@ int main(int argc, char **argv) {
             set.only_named = true;
         else if (c == 'l')
             return list_plants();
+        else if (c == 'L')
+            return list_workloads();
         else if (c == 'p' && plant_set(optarg))
             set.plant = optarg;
         else {
             fprintf(stderr, "usage: lab [-n STATES] [-s SEED] [-j JOBS] [-w FAILED-STATE] "
-                            "[-d SAMPLES-DIR] [-e EVERY] [-p PLANT [-o] | -l] [-x] "
+                            "[-d SAMPLES-DIR] [-e EVERY] [-p PLANT [-o] | -l | -L] [-x] "
                             "[WORKLOAD ...]\n");
             return 2;
         }

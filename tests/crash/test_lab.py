@@ -36,44 +36,48 @@ def workloads():
 
 
 def test_the_list_of_workloads_is_whole():
-    p = lab("-n", "1", "-s", "1", "-j", "2")
-    assert sorted(re.findall(r"^([\w-]+) +seed", p.stdout, re.M)) == sorted(workloads())
+    assert sorted(lab("-L").stdout.split()) == sorted(workloads())
 
 
-@pytest.mark.parametrize("name", workloads())
-def test_no_crash_corrupts_or_loses_what_was_flushed(name):
-    p = lab("-n", STATES, "-s", SEED, name)
-    print(p.stdout)
-    assert p.returncode == 0, f"seed {SEED}\n{p.stdout}{p.stderr}"
-    states = int(re.search(r"(\d+) states", p.stdout)[1])
-    assert states >= min(2000, int(STATES)), p.stdout
+def driver_of(head):
+    """What qemu-img calls the image, of those that it can check: it opens neither a QED whose tables
+    have one cluster, nor a VDI whose blocks are not of 1 MiB."""
+    if head[:4] == b"QFI\xfb" and head[7] >= 2:
+        return "qcow2"
+    if head[:4] == b"QED\0" and head[8] > 1:
+        return "qed"
+    vdi = head[64:68] == b"\x7f\x10\xda\xbe" and head[376:380] == b"\0\0\x10\0"
+    return "vdi" if vdi else None
 
 
 def options_for(image):
     """The image in a sampled state, without what it names: those are checked for themselves."""
-    tree = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}, "backing": None}
     with open(image, "rb") as f:
-        head = f.read(80)
-    if head[4:8] == b"\0\0\0\3" and head[79] & 4:  # it has an external data file: by the laboratory's habit on 3
-        tree["data-file"] = {"driver": "file", "filename": str(image)[:-1] + "3"}
-    return "json:" + json.dumps(tree)
+        head = f.read(512)
+    driver = driver_of(head)
+    tree = {"driver": driver, "file": {"driver": "file", "filename": str(image)}}
+    if driver != "vdi":
+        tree["backing"] = None
+    if driver == "qcow2" and head[4:8] == b"\0\0\0\3" and head[79] & 4:
+        tree["data-file"] = {"driver": "file", "filename": str(image)[:-1] + "3"}  # the laboratory's habit
+    return "json:" + json.dumps(tree) if driver else None
 
 
-def test_qemu_img_finds_leaks_at_most_in_sampled_states(tmp_path, peer):
-    p = lab("-n", "100", "-s", SEED, "-d", tmp_path, "-e", "60")
-    assert p.returncode == 0, p.stdout
-    checked = 0
-    for image in sorted(tmp_path.iterdir()):
-        with open(image, "rb") as f:
-            head = f.read(8)
-        if head[:4] != b"QFI\xfb" or head[7] < 2:
-            continue
-        # These two damage images on purpose, and their states are whole after a repair only.
-        more = ["-r", "all"] if image.name.startswith(("dirty-", "repair-")) else []
-        c = peer("qemu-img", "check", *more, options_for(image), status=None)
-        assert c.returncode in (0, 3), f"seed {SEED}, {image.name}\n{c.stdout}{c.stderr}"
-        checked += 1
-    assert checked >= 100
+@pytest.mark.parametrize("name", workloads())
+def test_no_crash_corrupts_or_loses_what_was_flushed(name, tmp_path, peer):
+    """In a sample of the states qemu-img, an independent checker, finds leaks at most too."""
+    p = lab("-n", STATES, "-s", SEED, "-d", tmp_path, "-e", str(max(1, int(STATES) // 8)), name)
+    print(p.stdout)
+    assert p.returncode == 0, f"seed {SEED}\n{p.stdout}{p.stderr}"
+    states = int(re.search(r"(\d+) states", p.stdout)[1])
+    assert states >= min(2000, int(STATES)), p.stdout
+    samples = sorted(tmp_path.iterdir())
+    assert len(samples) >= 4
+    # These two damage images on purpose, and their states are whole after a repair only.
+    more = ["-r", "all"] if name in ("dirty", "repair") else []
+    for options in filter(None, map(options_for, samples)):
+        c = peer("qemu-img", "check", *more, options, status=None)
+        assert c.returncode in (0, 3), f"seed {SEED}, {options}\n{c.stdout}{c.stderr}"
 
 
 def test_there_are_plants_enough():
