@@ -100,19 +100,11 @@ static int write_l1_co(struct shift *t, bool copied, uint64_t *host) {
 
 /* The active L1 table, whose old place is given up. */
 static int write_active_l1_co(struct shift *t) {
-    uint64_t host;
-    int r = write_l1_co(t, true, &host);
-    if (!r && t->next.l1_entries)
-        t->next.l1_offset = host;
-    return r;
+    return write_l1_co(t, true, &t->next.l1_offset); /* an empty one lies nowhere */
 }
 
 static int drop_active_l1(struct shift *t) {
-    struct qcow2 *s = t->s;
-    /* An empty table may keep its place. */
-    return t->next.l1_entries || !s->l1_entries
-               ? shift_drop(t, s->h.l1_table_offset, (uint64_t)s->l1_entries * 8)
-               : 0;
+    return shift_drop(t, t->s->h.l1_table_offset, (uint64_t)t->s->l1_entries * 8);
 }
 
 static int write_table_co(struct shift *t, struct strbuf *b, uint32_t count) {
