@@ -377,6 +377,16 @@ static int check_tables_co(struct check *c) {
     return r ? r : check_inactive_co(c);
 }
 
+/* Behind the last entry that is not 0; empty parts at memory speed. */
+static uint64_t table_end(const uint64_t *table, uint64_t entries) {
+    uint64_t end = entries;
+    while (end >= 512 && bytes_are_zero(&table[end - 512], 512 * sizeof(*table)))
+        end -= 512;
+    while (end && !table[end - 1])
+        end--;
+    return end;
+}
+
 static int check_init(struct check *c) {
     struct qcow2 *s = c->s;
     struct counts *all[] = {&c->stored, &c->found, &c->fixed, &c->l2, &c->refs};
@@ -384,10 +394,11 @@ static int check_init(struct check *c) {
     c->file_length = align_up(s->file->size, 512);
     c->file_clusters = c->clusters = qcow2_clusters_for(s, c->file_length);
     c->outside_far = UINT64_MAX;
-    c->total = ((uint64_t)s->reftable_entries + s->l1_entries) << s->cluster_bits;
+    c->l1_end = table_end(s->l1, s->l1_entries);
+    c->total = ((uint64_t)s->reftable_entries + c->l1_end) << s->cluster_bits;
     for (size_t i = 0; !r && i < sizeof(all) / sizeof(all[0]); i++)
         r = counts_init(all[i], c->file_clusters + 1);
-    c->l1_skip = calloc(s->l1_entries / 64 + 1, sizeof(*c->l1_skip));
+    c->l1_skip = calloc(c->l1_end / 64 + 1, sizeof(*c->l1_skip));
     c->buf = buf_get(CHECK_BUF_BYTES);
     return r ? r : c->l1_skip && c->buf ? 0 : -ENOMEM;
 }

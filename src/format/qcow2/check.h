@@ -31,6 +31,7 @@ struct check {
     struct counts fixed;       /* clusters of metadata other than L2 tables */
     struct counts l2;          /* clusters of L2 tables, of snapshots too */
     struct counts refs;        /* clusters of the refcount table and its blocks, also in `fixed` */
+    uint64_t l1_end;           /* behind the last active L1 entry that is not 0 */
     uint64_t *l1_skip;         /* bitmap: L1 entries whose table is not to be walked */
     struct check_tables twice; /* active L2 tables once more for each further L1 entry, sorted */
     struct check_tables inactive; /* L2 tables that snapshots name, as often as they do, sorted */

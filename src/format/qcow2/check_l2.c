@@ -74,7 +74,7 @@ int check_l1_entries_co(struct check *c) {
     int r = 0;
     if (c->s->l1_problem)
         check_lost(c, "%s", c->s->l1_problem);
-    for (uint64_t i = 0; !r && i < c->s->l1_entries; i++)
+    for (uint64_t i = 0; !r && i < c->l1_end; i++)
         r = check_l1_entry(c, i);
     check_tables_sort(&c->twice);
     return r;
@@ -348,7 +348,7 @@ static int walk_tables_co(struct check *c, uint64_t l1_index, uint64_t count, ui
 static uint64_t tables_alike(const struct check *c, uint64_t i, uint64_t names) {
     const struct qcow2 *s = c->s;
     uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, n = 1;
-    for (; i + n < s->l1_entries && !c->twice.count; n++) {
+    for (; i + n < c->l1_end && !c->twice.count; n++) {
         uint64_t next = offset + (n << s->cluster_bits);
         if (c->l1_skip[(i + n) / 64] >> (i + n) % 64 & 1 ||
             (s->l1[i + n] & QCOW2_OFFSET_MASK) != next ||
@@ -362,7 +362,7 @@ int check_active_l2_co(struct check *c) {
     struct qcow2 *s = c->s;
     int r = 0;
     check_tables_sort(&c->inactive);
-    for (uint64_t i = 0; !r && i < s->l1_entries;) {
+    for (uint64_t i = 0; !r && i < c->l1_end;) {
         uint64_t skip = c->l1_skip[i / 64] >> i % 64 & 1;
         if (skip) {
             check_progress(c, s->cluster_size);

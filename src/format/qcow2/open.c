@@ -115,10 +115,12 @@ static int read_table_co(struct qcow2 *s, const char *what, uint64_t offset, uin
         return err_set(e, EINVAL,
                        "%s: offset %" PRIu64 " is behind the end of the file (%" PRIu64 " bytes)",
                        what, offset, s->file->size);
-    int r = entries ? disk_pread_co(s->file, offset, table, (size_t)entries * 8) : 0;
+    /* A table that claims much and holds little costs little: what is behind the end is not read.*/
+    uint32_t there = entries ? (uint32_t)min_u64(entries, div_up(s->file->size - offset, 8)) : 0;
+    int r = there ? disk_pread_co(s->file, offset, table, (size_t)there * 8) : 0;
     if (r < 0)
         return err_errno(e, -r, "reading the %s", what);
-    for (uint32_t i = 0; i < entries; i++)
+    for (uint32_t i = 0; i < there; i++)
         table[i] = be64_load(&table[i]);
     return 0;
 }

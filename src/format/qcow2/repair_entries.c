@@ -107,7 +107,7 @@ static int change_all_co(struct repair *p, struct check *c, change_co *change, b
                          uint64_t *fixed) {
     const struct qcow2 *s = c->s;
     int r = 0;
-    for (uint64_t i = 0; !r && i < s->l1_entries; i++) {
+    for (uint64_t i = 0; !r && i < c->l1_end; i++) {
         if (c->l1_skip[i / 64] >> i % 64 & 1)
             continue;
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK;
@@ -183,7 +183,7 @@ static int change_simple(struct entry_at *e) {
 static int simple_l1_co(struct check *c, uint64_t *fixed) {
     struct qcow2 *s = c->s;
     uint64_t first = UINT64_MAX, last = 0;
-    for (uint64_t i = 0; i < s->l1_entries; i++) {
+    for (uint64_t i = 0; i < c->l1_end; i++) {
         uint64_t v = s->l1[i] & (QCOW2_OFFSET_MASK | QCOW2_COPIED);
         uint64_t offset = v & QCOW2_OFFSET_MASK;
         if (offset && is_aligned(offset, s->cluster_size) &&
@@ -257,7 +257,7 @@ int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed) {
     p->wanted = c->twice.count;
     p->left = 0;
     int r = p->wanted ? claim_room_co(p, c) : 0;
-    for (uint64_t i = 0; !r && p->left && i < s->l1_entries; i++) {
+    for (uint64_t i = 0; !r && p->left && i < c->l1_end; i++) {
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, to = p->room << s->cluster_bits;
         if (!(c->l1_skip[i / 64] >> i % 64 & 1) || !check_tables_names(&c->twice, offset))
             continue;
@@ -297,7 +297,7 @@ int repair_copied_co(struct repair *p, struct check *c, uint64_t *fixed) {
     struct qcow2 *s = p->s;
     uint64_t first = UINT64_MAX, last = 0, n = 0;
     int r = change_all_co(p, c, change_copied, false, &n);
-    for (uint64_t i = 0; !r && i < s->l1_entries; i++) {
+    for (uint64_t i = 0; !r && i < c->l1_end; i++) {
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, cluster = offset >> s->cluster_bits;
         if (!offset || !is_aligned(offset, s->cluster_size) ||
             !check_inside(c, offset, s->cluster_size) || counts_get(&c->fixed, cluster))
