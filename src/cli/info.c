@@ -16,6 +16,21 @@
 #include "disk/node.h"
 #include "disk/open.h"
 
+/* ---------------------------------------------------------------- specifics */
+
+json_t *info_specifics(struct node *n, const char **type) {
+    *type = n->drv->name;
+    if (n->drv->format && n->drv->format->describe)
+        return n->drv->format->describe(n);
+    /* A raw disk has nothing to tell but what lies below it. */
+    if (n->drv->format && n->file && !strcmp(n->drv->name, "raw"))
+        n = n->file;
+    if (!n->drv->storage || !n->drv->storage->describe || dialect_is_qemu())
+        return NULL;
+    *type = n->drv->name;
+    return n->drv->storage->describe(n);
+}
+
 /* ---------------------------------------------------------------- children */
 
 static json_t *describe_storage(struct node *n) {

@@ -19,4 +19,7 @@ void info_print_children(struct node *n);
 json_t *info_problems(const struct node *n, json_t *from_driver);
 void info_print_problems(const json_t *problems);
 
+/* "format-specific" of a node, new reference, and whose it is; NULL: none. */
+json_t *info_specifics(struct node *n, const char **type);
+
 #endif

@@ -55,7 +55,8 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
     int64_t allocated = disk_allocated(n);
     if (allocated >= 0)
         json_object_set_new(j, "actual-size", json_integer(allocated));
-    json_t *data = n->drv->format && n->drv->format->describe ? n->drv->format->describe(n) : NULL;
+    const char *type;
+    json_t *data = info_specifics(n, &type);
     json_t *dirty = json_incref(json_object_get(data, "dirty-flag"));
     json_t *encrypted = json_incref(json_object_get(data, "encrypted"));
     json_t *problems = info_problems(n, json_incref(json_object_get(data, "problems")));
@@ -64,7 +65,7 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
         json_object_del(data, "encrypted");
         json_object_del(data, "problems");
         json_object_set_new(j, "format-specific",
-                            json_pack("{s:s, s:o}", "type", n->drv->name, "data", data));
+                            json_pack("{s:s, s:o}", "type", type, "data", data));
     }
     if (n->backing_name) {
         char *full AUTO_FREE = full_backing_name(n);

@@ -390,6 +390,8 @@ struct storage_ops {
     int (*create_co)(struct node *n, struct create_ctx *ctx, struct err *e);
     /* Gives an unnamed object its final name, atomically, after syncing it. */
     int (*link_co)(struct node *n, const char *name, bool replace, struct err *e);
+    /* What `info` tells of the disk beyond its size, new reference.  NULL: nothing. */
+    json_t *(*describe)(struct node *n);
 };
 
 /* ---------------------------------------------------------------- driver */

@@ -18,6 +18,7 @@
     X(file)                                                                                        \
     X(host_device)                                                                                 \
     X(memory)                                                                                      \
+    X(vvfat)                                                                                       \
     X(nbd)                                                                                         \
     X(null_co)                                                                                     \
     X(null_aio)                                                                                    \
