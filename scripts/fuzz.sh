@@ -20,10 +20,13 @@ options() {
     qcow2_ops | qcow2_tasks) echo "-max_len=2048" ;;
     nbd_session) echo "-max_len=8192 -dict=tests/fuzz/nbd.dict" ;;
     options) echo "-max_len=2048 -dict=tests/fuzz/options.dict" ;;
+    *_image) echo "-max_len=16384 -dict=tests/fuzz/formats.dict" ;;
+    *_ops) echo "-max_len=2048" ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session options
+[ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session options {vdi,vpc,qed,qcow,parallels}_{image,ops} \
+    bochs_image cloop_image
 status=0
 mkdir -p build-fuzz/found
 for t; do
@@ -36,7 +39,7 @@ for t; do
         echo "== $t: FAILED, the end of build-fuzz/$t.log:"
         tail -n 40 "build-fuzz/$t.log"
     fi
-    printf '%-12s %s executions, coverage %s\n' "$t" \
+    printf '%-16s %s executions, coverage %s\n' "$t" \
         "$(grep -oE '^#[0-9]+' "build-fuzz/$t.log" | tail -n 1 | tr -d '#')" \
         "$(grep -oE 'cov: [0-9]+' "build-fuzz/$t.log" | tail -n 1 | cut -c6-)"
 done

@@ -147,7 +147,7 @@ static int become_writable_co(struct node *n, struct err *e) {
     err_set(e, EIO, "the image was not closed cleanly and is damaged (%" PRIu64 " corruptions)",
             found.corruptions);
     err_hint(e, "look with: strata check");
-    return -e->code;
+    return -EIO;
 }
 
 static int parallels_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
@@ -516,7 +516,7 @@ static int parallels_reach_co(struct node *n, uint64_t size, struct err *e) {
                 " clusters are needed, and the table of this image has room for %" PRIu64,
                 entries, room);
         err_hint(e, "convert it to a new image, or grow it in another format");
-        return -e->code;
+        return -ENOTSUP;
     }
     if (entries <= s->entries)
         return 0;

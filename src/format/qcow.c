@@ -116,6 +116,12 @@ static int read_backing_name_co(struct node *n, const uint8_t *h, struct err *e)
     return 0;
 }
 
+/* The last cluster may reach beyond the end of the file, where it reads as zeros: no code fits in
+ * there. */
+static void find_end(struct qcow *s) {
+    s->end = align_up(s->file->size, s->cluster_size);
+}
+
 static int qcow_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     struct qcow *s = qcow_of(n);
     uint8_t h[HEADER_BYTES];
@@ -126,7 +132,6 @@ static int qcow_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (r)
         return r;
     s->file = n->file;
-    s->end = n->file->size;
     if ((r = disk_pread_co(n->file, 0, h, sizeof(h))) < 0)
         return err_errno(e, -r, "reading the header");
     r = parse_header(n, h, e);
@@ -138,6 +143,8 @@ static int qcow_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         r = node_open_backing_co(n, ctx, e);
     n->granularity = (uint32_t)s->cluster_size;
     n->codec = &codec_deflate;
+    if (!r)
+        find_end(s);
     return r;
 }
 
@@ -147,7 +154,7 @@ static void qcow_close_co(struct node *n) {
 
 static int qcow_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
     if (new_flags & NODE_RW && !node_is_rw(n))
-        qcow_of(n)->end = n->file->size;
+        find_end(qcow_of(n));
     return 0;
 }
 
@@ -408,6 +415,9 @@ static int qcow_flush_co(struct node *n) {
     int r = pages_take(&s->pages, LEVEL_L2, &l2);
     if (!r)
         r = pages_take(&s->pages, LEVEL_L1, &l1);
+    /* What is named is there whole: other writers put code right behind the end of the file. */
+    if (!r && l2.count && s->file->size < s->end)
+        r = disk_resize_co(s->file, s->end, PREALLOC_OFF, NULL);
     if (!r && PLANTED(TABLE_NAMED_EARLY))
         r = pages_write_co(&s->pages, &l1);
     if (!r && !PLANTED(NO_BARRIER_BEFORE_TABLES))

@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A fuzz target without a fuzzer: fuzz-replay-NAME [-m MUTATIONS] [-t SECONDS] FILE|FOLDER...
+ * A fuzz target without a fuzzer: fuzz-replay-NAME [-w N] [-m MUTATIONS] [-t SECONDS]
+ * FILE|FOLDER...
  *
  * Runs every file (in the order of their names), then that many mutations of them, with fixed
- * seeds, as far as the time goes.  -o FILE: the input that ended in an abort is kept there.
+ * seeds, as far as the time goes.  -w: before those, every word at the beginning of each record of
+ * each image in the sparse form (headers, tables) is set to values at the limits of what it could
+ * be: 32 and 64 bits, both byte orders; one in N of these inputs is run.  -o FILE: the input that
+ * ended in an abort is kept there.
  */
 #include "fuzz.h"
 
@@ -147,16 +151,94 @@ static void mutate_and_run(unsigned n, double until) {
     printf("%u inputs, %u mutations\n", count, done);
 }
 
+/* ---- every word of headers and tables at its limits ---- */
+
+#define SWEEP_WORDS 128 /* of a record: a sector */
+#define SWEEP_RECORDS 6
+
+static const uint64_t limits[] = {
+    0,          1,          2,          3,          511,       4096,
+    0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff, INT64_MAX, UINT64_MAX - 511,
+};
+
+static void put_word(uint8_t *p, unsigned how, uint64_t value) {
+    if (how == 0)
+        le32_store(p, (uint32_t)value);
+    else if (how == 1)
+        be32_store(p, (uint32_t)value);
+    else if (how == 2)
+        le64_store(p, value);
+    else
+        be64_store(p, value);
+}
+
+static unsigned sweep_step, sweep_turn;
+
+static unsigned sweep_word(uint8_t *data, size_t size, uint8_t *p, size_t left) {
+    uint8_t was[8] = {0};
+    size_t keep = min_u64(left, 8);
+    unsigned done = 0;
+    memcpy(was, p, keep);
+    for (unsigned how = 0; how < 4; how++) {
+        for (size_t v = 0; v < sizeof(limits) / sizeof(limits[0]); v++) {
+            bool wide = limits[v] > UINT32_MAX;
+            /* Small numbers in 64 bits are met by the words of 32. */
+            if (how >= 2 ? left < 8 || !wide : wide)
+                continue;
+            if (sweep_turn++ % sweep_step)
+                continue;
+            put_word(p, how, limits[v]);
+            running = data;
+            running_len = size;
+            run(data, size);
+            memcpy(p, was, keep);
+            done++;
+        }
+    }
+    return done;
+}
+
+static unsigned sweep_image(uint8_t *data, size_t size) {
+    unsigned done = 0, records = 0;
+    if (size < 8 || memcmp(data, SPARSE_MAGIC, 4))
+        return 0;
+    for (size_t at = 8; size - at > 6 && records < SWEEP_RECORDS; records++) {
+        size_t n = min_u64(be16_load(data + at + 4), size - at - 6);
+        uint8_t *p = data + at + 6;
+        bool plain = n > 8 && !memcmp(p, p + 1, n - 1); /* guest data of one byte */
+        for (size_t i = 0; !plain && i + 4 <= n && i < SWEEP_WORDS * 4; i += 4)
+            done += sweep_word(data, size, p + i, n - i);
+        at += 6 + n;
+    }
+    return done;
+}
+
+/* Seeds come in threes, the same image without and with programs: each third is enough. */
+static void sweep(void) {
+    unsigned done = 0;
+    for (unsigned i = 0; i < count; i++) {
+        size_t len = strlen(inputs[i].name);
+        uint8_t *copy = malloc(inputs[i].size + 1);
+        memcpy(copy, inputs[i].data, inputs[i].size);
+        if (len > 2 && !strcmp(inputs[i].name + len - 2, "-1"))
+            done += sweep_image(copy, inputs[i].size);
+        free(copy);
+    }
+    printf("%u words at their limits\n", done);
+}
+
 int main(int argc, char **argv) {
     unsigned mutations = 0;
     double limit = 5;
-    for (int opt; (opt = getopt(argc, argv, "m:t:o:")) != -1;) {
+    for (int opt; (opt = getopt(argc, argv, "m:t:o:w:")) != -1;) {
         if (opt == 'm')
             mutations = (unsigned)strtoul(optarg, NULL, 10);
         else if (opt == 't')
             limit = strtod(optarg, NULL);
         else if (opt == 'o')
             keep = optarg;
+        else if (opt == 'w')
+            sweep_step = (unsigned)strtoul(optarg, NULL, 10);
         else
             return 1;
     }
@@ -172,6 +254,8 @@ int main(int argc, char **argv) {
         fprintf(stderr, "%s\n", inputs[i].name);
         run(inputs[i].data, inputs[i].size);
     }
+    if (sweep_step)
+        sweep();
     mutate_and_run(mutations, seconds() + limit);
     for (unsigned i = 0; i < count; i++) {
         free(inputs[i].name);

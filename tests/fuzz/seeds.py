@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 
+import seeds_formats
+
 SECTOR = 512
 
 
@@ -233,6 +235,10 @@ def main():
     targets = {"qcow2_image": images, "qcow2_ops": make_ops(rng),
                "qcow2_tasks": make_tasks(rng),
                "nbd_session": make_nbd(rng), "options": make_options()}
+    for kind, some in (("image", seeds_formats.image_seeds(strata, sparse, programs, rng)),
+                       ("ops", seeds_formats.ops_seeds(rng))):
+        for fmt, seed, data in some:
+            targets.setdefault(f"{fmt}_{kind}", []).append((seed, data))
     for target, seeds in targets.items():
         os.makedirs(os.path.join(folder, target))
         for seed, data in seeds:

@@ -151,7 +151,7 @@ static int become_writable_co(struct node *n, struct err *e) {
                     "the image was not closed cleanly and is damaged (%" PRIu64 " corruptions)",
                     found.corruptions);
             err_hint(e, "look with: strata check");
-            return -e->code;
+            return -EIO;
         }
     }
     s->h.features &= ~(uint64_t)QED_NEED_CHECK;

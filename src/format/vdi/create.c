@@ -149,7 +149,7 @@ int vdi_reach_co(struct node *n, uint64_t size, struct err *e) {
                 " (%" PRIu64 " bytes of disk)",
                 blocks, room, room * s->h.block_size);
         err_hint(e, "convert it to a new image, or grow it in another format");
-        return -e->code;
+        return -ENOTSUP;
     }
     if (blocks <= s->h.blocks)
         return 0;

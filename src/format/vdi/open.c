@@ -159,7 +159,7 @@ static int open_parent_co(struct node *n, struct open_ctx *ctx, struct err *e) {
                 "UUID %s",
                 id);
         err_hint(e, "name that image: backing.file.filename=FILE");
-        return -e->code;
+        return -ENOTSUP;
     }
     if (n->backing && n->backing->drv == n->drv) {
         const struct vdi *parent = vdi_of(n->backing);
