@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <cmocka.h>
+#include "base/ck.h"
 #include "format/qcow2/counts.h"
 
 enum { N = 20000 };
@@ -100,6 +101,36 @@ static void differences_are_found_in_every_representation(void **st) {
     counts_free(&b);
 }
 
+/* A full room counts less of the clusters at a time, and after some windows all of them. */
+static void windows_cover_everything_in_bounded_memory(void **st) {
+    struct counts_room room = {.max = 6000, .end = UINT64_MAX};
+    struct counts a, b;
+    unsigned windows = 0;
+    assert_int_equal(counts_init(&a, N), 0);
+    assert_int_equal(counts_init(&b, N), 0);
+    counts_share(&a, &room);
+    counts_share(&b, &room);
+    for (uint64_t next = 0; next < N; windows++) {
+        assert_int_equal(counts_add(&a, 0, N, 1), 0);
+        for (uint64_t i = 0; i < N; i += 3) {
+            assert_int_equal(counts_add(&b, i, 1, 1 + i % 1000), 0);
+            assert_true(room.bytes <= room.max || min_u64(room.end, N) <= room.from + 4096);
+        }
+        assert_int_equal(room.from, next);
+        assert_true(room.end > room.from);
+        for (uint64_t i = 0; i < N; i++) {
+            bool in = i >= room.from && i < room.end;
+            assert_int_equal(counts_get(&a, i), in);
+            assert_int_equal(counts_get(&b, i), in && i % 3 == 0 ? 1 + i % 1000 : 0);
+        }
+        next = room.end;
+        counts_room_next(&room);
+    }
+    assert_in_range(windows, 3, 5);
+    counts_free(&a);
+    counts_free(&b);
+}
+
 static void last_is_the_highest_in_use(void **st) {
     struct counts c;
     assert_int_equal(counts_init(&c, N), 0);
@@ -118,6 +149,7 @@ int main(void) {
         cmocka_unit_test(ranges_match_a_plain_array),
         cmocka_unit_test(counts_beyond_a_byte_are_exact),
         cmocka_unit_test(differences_are_found_in_every_representation),
+        cmocka_unit_test(windows_cover_everything_in_bounded_memory),
         cmocka_unit_test(last_is_the_highest_in_use),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -36,21 +36,31 @@
 #include "base/ck.h"
 #include "disk/io.h"
 
+size_t check_room_bytes = CHECK_ROOM_BYTES;
+
 /* ---- reporting ---- */
 
-static void report(struct check *c, bool leak, const char *fmt, va_list ap) {
+static void report(const struct check_result *to, bool leak, const char *fmt, va_list ap) {
     char text[320];
-    if (!c->r->report)
+    if (!to->report)
         return;
     vsnprintf(text, sizeof(text), fmt, ap);
-    c->r->report(c->r->arg, leak, text);
+    to->report(to->arg, leak, text);
+}
+
+void check_miscounted(struct check *c, const char *fmt, ...) {
+    va_list ap;
+    c->whole->corruptions++;
+    va_start(ap, fmt);
+    report(c->whole, false, fmt, ap);
+    va_end(ap);
 }
 
 void check_corruption(struct check *c, const char *fmt, ...) {
     va_list ap;
     c->r->corruptions++;
     va_start(ap, fmt);
-    report(c, false, fmt, ap);
+    report(c->r, false, fmt, ap);
     va_end(ap);
 }
 
@@ -59,7 +69,7 @@ void check_lost(struct check *c, const char *fmt, ...) {
     c->r->corruptions++;
     c->incomplete = true;
     va_start(ap, fmt);
-    report(c, false, fmt, ap);
+    report(c->r, false, fmt, ap);
     va_end(ap);
 }
 
@@ -68,16 +78,24 @@ void check_failure(struct check *c, const char *fmt, ...) {
     c->r->check_errors++;
     c->incomplete = true;
     va_start(ap, fmt);
-    report(c, false, fmt, ap);
+    report(c->r, false, fmt, ap);
     va_end(ap);
+}
+
+/* As many windows more as this one's size lets expect. */
+static uint64_t total_now(const struct check *c) {
+    if (c->room.end >= c->clusters)
+        return c->total;
+    return c->total +
+           c->window_total * div_up(c->clusters - c->room.end, c->room.end - c->room.from);
 }
 
 void check_progress(struct check *c, uint64_t bytes) {
     c->done += bytes;
-    if (!c->r->progress || c->done - c->shown < c->total / 1024)
+    if (!c->whole->progress || c->done - c->shown < c->total / 1024)
         return;
     c->shown = c->done;
-    c->r->progress(c->r->arg, min_u64(c->done, c->total), c->total);
+    c->whole->progress(c->whole->arg, min_u64(c->done, total_now(c)), total_now(c));
 }
 
 /* ---- places and counts ---- */
@@ -186,6 +204,14 @@ static int load_blocks_co(struct check *c, uint64_t first, uint64_t count) {
             check_progress(c, bytes);
             return 0;
         }
+        uint64_t behind = cluster + ((uint64_t)some * 8 >> s->refcount_order);
+        if (c->r == &c->quiet && (behind <= c->room.from || cluster >= c->room.end)) {
+            check_progress(c, some); /* read once, and not wanted now */
+            offset += some;
+            bytes -= some;
+            cluster = behind;
+            continue;
+        }
         int r = disk_pread_co(s->file, offset, c->buf, some);
         if (r) {
             check_failure(c, "refcount block %" PRIu64 " at offset %" PRIu64 ": cannot read: %s",
@@ -272,8 +298,8 @@ static void report_difference(struct check *c, uint64_t first, uint64_t n, uint6
     bool leak = stored > found;
     char which[96], text[256];
     uint64_t offset = first << c->s->cluster_bits;
-    *(leak ? &c->r->leaks : &c->r->corruptions) += n;
-    if (!c->r->report)
+    *(leak ? &c->whole->leaks : &c->whole->corruptions) += n;
+    if (!c->whole->report)
         return;
     if (n == 1)
         snprintf(which, sizeof(which), "cluster %" PRIu64 " at offset %" PRIu64, first, offset);
@@ -283,7 +309,7 @@ static void report_difference(struct check *c, uint64_t first, uint64_t n, uint6
                  first + n - 1, offset);
     snprintf(text, sizeof(text), "%s: reference count is %" PRIu64 ", %" PRIu64 " references found",
              which, stored, found);
-    c->r->report(c->r->arg, leak, text);
+    c->whole->report(c->whole->arg, leak, text);
 }
 
 /* Clusters in use that no block counts want new structures. */
@@ -294,10 +320,10 @@ static void note_missing_blocks(struct check *c, uint64_t first, uint64_t n) {
 }
 
 static void compare(struct check *c) {
-    uint64_t at = 0;
-    while ((at = counts_difference(&c->stored, &c->found, at, c->clusters)) < c->clusters) {
+    uint64_t at = c->room.from, end = min_u64(c->clusters, c->room.end);
+    while ((at = counts_difference(&c->stored, &c->found, at, end)) < end) {
         uint64_t stored = counts_get(&c->stored, at), found = counts_get(&c->found, at), n = 1;
-        while (at + n < c->clusters && counts_get(&c->stored, at + n) == stored &&
+        while (at + n < end && counts_get(&c->stored, at + n) == stored &&
                counts_get(&c->found, at + n) == found)
             n++;
         if (found)
@@ -308,49 +334,59 @@ static void compare(struct check *c) {
     }
     uint64_t a = counts_last(&c->stored, c->clusters), b = counts_last(&c->found, c->clusters);
     uint64_t last = a == UINT64_MAX ? b : b == UINT64_MAX ? a : max_u64(a, b);
-    c->r->image_end_offset = last == UINT64_MAX ? 0 : (last + 1) << c->s->cluster_bits;
+    if (last != UINT64_MAX)
+        c->whole->image_end_offset = (last + 1) << c->s->cluster_bits;
 }
 
 /* ---- lists of tables ---- */
 
 int check_tables_add(struct check_tables *t, uint64_t offset) {
-    if (t->count == t->cap) {
+    if (t->count == t->cap)
+        check_tables_sort(t); /* snapshots mostly name the same tables */
+    if (t->count >= t->cap / 2) {
         size_t cap = t->cap ? t->cap * 2 : 1024;
-        uint64_t *grown = realloc(t->offsets, cap * sizeof(*grown));
+        struct check_table *grown = realloc(t->v, cap * sizeof(*grown));
         if (!grown)
             return -ENOMEM;
-        t->offsets = grown;
+        t->v = grown;
         t->cap = cap;
     }
-    t->offsets[t->count++] = offset;
+    t->v[t->count++] = (struct check_table){offset, 1};
     return 0;
 }
 
 static int by_offset(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    uint64_t x = ((const struct check_table *)a)->offset;
+    uint64_t y = ((const struct check_table *)b)->offset;
     return x < y ? -1 : x > y;
 }
 
 void check_tables_sort(struct check_tables *t) {
-    if (t->count)
-        qsort(t->offsets, t->count, sizeof(*t->offsets), by_offset);
+    size_t n = 0;
+    if (!t->count)
+        return;
+    qsort(t->v, t->count, sizeof(*t->v), by_offset);
+    for (size_t i = 1; i < t->count; i++) {
+        if (t->v[i].offset == t->v[n].offset)
+            t->v[n].names += t->v[i].names;
+        else
+            t->v[++n] = t->v[i];
+    }
+    t->count = n + 1;
 }
 
-/* First place in the sorted list that is not below `offset`. */
-static size_t tables_from(const struct check_tables *t, uint64_t offset) {
+uint64_t check_tables_names(const struct check_tables *t, uint64_t offset) {
     size_t low = 0, high = t->count;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
-        if (t->offsets[middle] < offset)
+        if (t->v[middle].offset == offset)
+            return t->v[middle].names;
+        if (t->v[middle].offset < offset)
             low = middle + 1;
         else
             high = middle;
     }
-    return low;
-}
-
-size_t check_tables_names(const struct check_tables *t, uint64_t offset) {
-    return t->count ? tables_from(t, offset + 1) - tables_from(t, offset) : 0;
+    return 0;
 }
 
 /* ---- all of it ---- */
@@ -395,22 +431,50 @@ static int check_init(struct check *c) {
     c->file_clusters = c->clusters = qcow2_clusters_for(s, c->file_length);
     c->outside_far = UINT64_MAX;
     c->l1_end = table_end(s->l1, s->l1_entries);
-    c->total = ((uint64_t)s->reftable_entries + c->l1_end) << s->cluster_bits;
+    c->total = c->window_total = ((uint64_t)s->reftable_entries + c->l1_end) << s->cluster_bits;
+    c->whole = c->r;
+    c->room.max = c->unbounded ? SIZE_MAX : check_room_bytes + c->file_clusters / 8;
+    c->room.end = UINT64_MAX;
     for (size_t i = 0; !r && i < sizeof(all) / sizeof(all[0]); i++)
         r = counts_init(all[i], c->file_clusters + 1);
+    counts_share(&c->stored, &c->room);
+    counts_share(&c->found, &c->room);
     c->l1_skip = calloc(c->l1_end / 64 + 1, sizeof(*c->l1_skip));
     c->buf = buf_get(CHECK_BUF_BYTES);
     return r ? r : c->l1_skip && c->buf ? 0 : -ENOMEM;
+}
+
+/* What was counted in the last window is counted for the next one. */
+static void next_window(struct check *c) {
+    counts_room_next(&c->room);
+    counts_empty(&c->fixed);
+    counts_empty(&c->l2);
+    counts_empty(&c->refs);
+    memset(c->l1_skip, 0, (c->l1_end / 64 + 1) * sizeof(*c->l1_skip));
+    c->twice.count = c->inactive.count = 0;
+    c->total += c->window_total;
+    c->quiet = (struct check_result){0};
+    c->r = &c->quiet;
+}
+
+static int windows_co(struct check *c) {
+    for (;;) {
+        int r = check_tables_co(c);
+        if (!r && !c->without_refs)
+            compare(c);
+        if (r || c->room.end >= c->clusters)
+            return r;
+        next_window(c);
+    }
 }
 
 int check_pass_co(struct check *c, struct err *e) {
     c->r->total_clusters = qcow2_clusters_for(c->s, c->s->h.size);
     int r = check_init(c);
     if (!r)
-        r = check_tables_co(c);
+        r = windows_co(c);
+    c->r = c->whole;
     if (!r) {
-        if (!c->without_refs)
-            compare(c);
         if (c->r->progress)
             c->r->progress(c->r->arg, c->total, c->total);
     } else if (r == -EFBIG) {
@@ -424,8 +488,8 @@ int check_pass_co(struct check *c, struct err *e) {
 
 void check_end(struct check *c) {
     buf_put(c->buf, CHECK_BUF_BYTES);
-    free(c->inactive.offsets);
-    free(c->twice.offsets);
+    free(c->inactive.v);
+    free(c->twice.v);
     free(c->l1_skip);
     counts_free(&c->stored);
     counts_free(&c->found);

@@ -11,14 +11,34 @@
 
 #define CHECK_BUF_BYTES ((uint32_t)MIB)
 
+/*
+ * How much of the two large counts is held at once, beside one bit for each cluster: what remains
+ * of 64 MiB is for the other sets, lists of tables, buffers and the program itself.
+ */
+#define CHECK_ROOM_BYTES ((size_t)40 * MIB)
+extern size_t check_room_bytes; /* the same; tests make it small */
+
+/* L2 tables and how often they are named. */
+struct check_table {
+    uint64_t offset, names;
+};
 struct check_tables {
-    uint64_t *offsets;
+    struct check_table *v; /* sorted, each once, when check_tables_sort() has been called */
     size_t count, cap;
 };
 
 struct check {
     struct qcow2 *s;
     struct check_result *r;
+    /*
+     * What is counted is done for one window of the clusters at a time (counts.h): mostly the first
+     * has all of them.  In later ones `r` is `quiet`, so that everything that does not depend on
+     * the counts is told and added up once; `whole` is the caller's result.  `unbounded`: one
+     * window, whatever memory it takes.
+     */
+    struct check_result *whole, quiet;
+    bool unbounded;
+    struct counts_room room;
     uint64_t file_length;   /* of the storage, whole sectors */
     uint64_t file_clusters; /* that the file has a byte of */
     /*
@@ -46,13 +66,19 @@ struct check {
      * Nothing new may be put where they point.
      */
     uint64_t outside_near, outside_far;
-    uint64_t done, total; /* progress, in bytes of tables */
+    uint64_t done, total; /* progress, in bytes of tables; of one window: */
+    uint64_t window_total;
     uint64_t shown;
     uint8_t *buf; /* CHECK_BUF_BYTES, of whoever walks */
 };
 
 /* Counts and reports one problem; the text says what, where, found and expected. */
 void check_corruption(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The same for what follows from counts inside the window. */
+void check_miscounted(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static inline bool check_in_window(const struct check *c, uint64_t cluster) {
+    return cluster >= c->room.from && cluster < c->room.end;
+}
 /* The same, and what it names can no longer be known: c->incomplete. */
 void check_lost(struct check *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Something that could not be examined: read errors. */
@@ -72,7 +98,7 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
 int check_tables_add(struct check_tables *t, uint64_t offset); /* -ENOMEM */
 void check_tables_sort(struct check_tables *t);
 /* How often a sorted list names the table. */
-size_t check_tables_names(const struct check_tables *t, uint64_t offset);
+uint64_t check_tables_names(const struct check_tables *t, uint64_t offset);
 
 /* One pass: c->s and c->r are set, all else is zero.  c stays readable until check_end(). */
 int check_pass_co(struct check *c, struct err *e);

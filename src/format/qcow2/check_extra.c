@@ -140,15 +140,11 @@ int check_snapshots_co(struct check *c) {
 
 int check_inactive_co(struct check *c) {
     const struct check_tables *in = &c->inactive; /* sorted since the active ones were walked */
-    for (size_t i = 0; i < in->count;) {
-        size_t n = 1;
-        while (i + n < in->count && in->offsets[i + n] == in->offsets[i])
-            n++;
-        bool active = counts_get(&c->l2, in->offsets[i] >> c->s->cluster_bits) & 1;
-        int r = active ? 0 : check_inactive_l2_co(c, in->offsets[i], n);
+    for (size_t i = 0; i < in->count; i++) {
+        bool active = counts_get(&c->l2, in->v[i].offset >> c->s->cluster_bits) & 1;
+        int r = active ? 0 : check_inactive_l2_co(c, in->v[i].offset, in->v[i].names);
         if (r)
             return r;
-        i += n;
     }
     return 0;
 }

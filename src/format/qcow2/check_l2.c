@@ -23,8 +23,10 @@ static void skip_entry(struct check *c, uint64_t i) {
 
 static void check_l1_copied(struct check *c, uint64_t i, uint64_t entry, uint64_t cluster) {
     uint64_t stored = counts_get(&c->stored, cluster);
-    if (!c->without_refs && !c->unread && (stored == 1) != !!(entry & QCOW2_COPIED))
-        check_corruption(c,
+    if (c->without_refs || c->unread || !check_in_window(c, cluster))
+        return;
+    if ((stored == 1) != !!(entry & QCOW2_COPIED))
+        check_miscounted(c,
                          "L1 entry %" PRIu64 ": 0x%" PRIx64 " has the COPIED flag %s, but the "
                          "reference count of its L2 table is %" PRIu64,
                          i, entry, entry & QCOW2_COPIED ? "set" : "clear", stored);
@@ -97,12 +99,16 @@ struct l2_walk {
 static void check_copied(struct l2_walk *w, uint64_t first) {
     struct check *c = w->c;
     bool copied = w->run_entry & QCOW2_COPIED;
-    if (c->without_refs || c->unread || (copied && counts_all_one(&c->stored, first, w->run)))
+    if (c->without_refs || c->unread)
         return;
-    for (uint64_t k = 0; k < w->run; k++) {
+    uint64_t from = max_u64(first, c->room.from), end = min_u64(first + w->run, c->room.end);
+    if (from >= end || (copied ? counts_all_one(&c->stored, from, end - from)
+                               : counts_none_one(&c->stored, from, end - from)))
+        return;
+    for (uint64_t k = from - first; k < end - first; k++) {
         uint64_t stored = counts_get(&c->stored, first + k);
         if ((stored == 1) != copied)
-            check_corruption(c,
+            check_miscounted(c,
                              "L2 entry for guest offset %" PRIu64 ": 0x%" PRIx64
                              " has the COPIED flag %s, but the reference count of its cluster is "
                              "%" PRIu64,

@@ -12,11 +12,10 @@
 enum {
     PAGE_BITS = 12,
     PAGE_CLUSTERS = 1 << PAGE_BITS,
-    BYTE_BIG = 255, /* the number is in the hash table */
-    ORDER_BYTE = 3,
+    ORDER_MAX = 6,
 };
-/* A page's address carries log2 of the bits that its numbers have: 0 .. ORDER_BYTE. */
-#define PAGE_ORDER ((uintptr_t)3)
+/* A page's address carries log2 of the bits that its numbers have: 0 .. ORDER_MAX. */
+#define PAGE_ORDER ((uintptr_t)7)
 
 static unsigned order_of(uintptr_t page) {
     return (unsigned)(page & PAGE_ORDER);
@@ -27,21 +26,28 @@ static uint64_t *words_of(uintptr_t page) {
 static size_t page_bytes(unsigned order) {
     return (size_t)PAGE_CLUSTERS / 8 << order;
 }
-/* Largest number that a page can hold by itself. */
+/* Largest number that a page can hold. */
 static uint64_t order_max(unsigned order) {
-    return order == ORDER_BYTE ? BYTE_BIG - 1 : (1u << (1u << order)) - 1;
+    return UINT64_MAX >> (64 - (1u << order));
+}
+/* The narrowest that holds `value`. */
+static unsigned order_for(uint64_t value) {
+    unsigned order = 0;
+    while (value > order_max(order))
+        order++;
+    return order;
 }
 /* A word with 1 in each of its numbers. */
 static uint64_t ones_of(unsigned order) {
-    return UINT64_MAX / ((1u << (1u << order)) - 1);
+    return UINT64_MAX / order_max(order);
 }
 static uint64_t field_get(const uint64_t *words, unsigned order, unsigned i) {
     unsigned per = 64u >> order;
-    return words[i / per] >> (i % per << order) & ((1u << (1u << order)) - 1);
+    return words[i / per] >> (i % per << order) & order_max(order);
 }
 static void field_set(uint64_t *words, unsigned order, unsigned i, uint64_t value) {
     unsigned per = 64u >> order, shift = i % per << order;
-    uint64_t mask = (uint64_t)((1u << (1u << order)) - 1) << shift;
+    uint64_t mask = order_max(order) << shift;
     words[i / per] = (words[i / per] & ~mask) | value << shift;
 }
 
@@ -56,59 +62,97 @@ int counts_init(struct counts *c, uint64_t clusters) {
     return 0;
 }
 
+void counts_empty(struct counts *c) {
+    for (uint64_t i = 0; c->pages && i <= c->clusters >> PAGE_BITS; i++) {
+        free(words_of(c->pages[i]));
+        c->pages[i] = 0;
+    }
+}
+
 void counts_free(struct counts *c) {
-    if (c->pages)
-        for (uint64_t i = 0; i <= c->clusters >> PAGE_BITS; i++)
-            free(words_of(c->pages[i]));
+    counts_empty(c);
     free(c->pages);
-    free(c->big);
     memset(c, 0, sizeof(*c));
 }
 
-/* ---- the hash table of large numbers ---- */
+/* ---- a room that several share ---- */
 
-static struct counts_big *big_place(struct counts_big *table, size_t cap, uint64_t cluster) {
-    size_t i = (cluster * UINT64_C(0x9e3779b97f4a7c15)) >> 32 & (cap - 1);
-    while (table[i].value && table[i].cluster != cluster)
-        i = (i + 1) & (cap - 1);
-    return &table[i];
+void counts_share(struct counts *c, struct counts_room *room) {
+    for (unsigned i = 0; i < COUNTS_ROOM_MEMBERS; i++)
+        if (!room->member[i]) {
+            room->member[i] = c;
+            c->room = room;
+            return;
+        }
+    assert(!"too many members");
 }
 
-static int big_set(struct counts *c, uint64_t cluster, uint64_t value) {
-    if (c->big_count * 2 >= c->big_cap) {
-        size_t cap = c->big_cap ? c->big_cap * 2 : 64;
-        struct counts_big *grown = calloc(cap, sizeof(*grown));
-        if (!grown)
-            return -ENOMEM;
-        for (size_t i = 0; i < c->big_cap; i++)
-            if (c->big[i].value)
-                *big_place(grown, cap, c->big[i].cluster) = c->big[i];
-        free(c->big);
-        c->big = grown;
-        c->big_cap = cap;
+void counts_room_next(struct counts_room *room) {
+    for (unsigned i = 0; i < COUNTS_ROOM_MEMBERS; i++)
+        if (room->member[i])
+            counts_empty(room->member[i]);
+    room->bytes = 0;
+    room->from = room->end;
+    room->end = UINT64_MAX;
+}
+
+static void page_drop(struct counts *c, uint64_t index) {
+    if (!c || index > c->clusters >> PAGE_BITS || !c->pages[index])
+        return;
+    c->room->bytes -= page_bytes(order_of(c->pages[index]));
+    free(words_of(c->pages[index]));
+    c->pages[index] = 0;
+}
+
+/*
+ * `bytes` more are about to be taken for page `index`: where they do not fit, the window loses its
+ * upper part, with some to spare, but never its first page.  False: the page is outside now.
+ */
+static bool room_for(struct counts *c, uint64_t index, size_t bytes) {
+    struct counts_room *room = c->room;
+    if (!room)
+        return true;
+    if (room->bytes + bytes > room->max) {
+        uint64_t first = room->from >> PAGE_BITS, last = c->clusters >> PAGE_BITS;
+        size_t wanted = room->max - room->max / 16;
+        if (room->end != UINT64_MAX)
+            last = (room->end >> PAGE_BITS) - 1;
+        for (; last > first && room->bytes + bytes > wanted; last--) {
+            for (unsigned i = 0; i < COUNTS_ROOM_MEMBERS; i++)
+                page_drop(room->member[i], last);
+            room->end = last << PAGE_BITS;
+        }
     }
-    struct counts_big *b = big_place(c->big, c->big_cap, cluster);
-    c->big_count += !b->value;
-    *b = (struct counts_big){cluster, value};
-    return 0;
+    if (index << PAGE_BITS >= room->end)
+        return false;
+    room->bytes += bytes;
+    return true;
 }
 
 /* ---- one page ---- */
 
-/* Twice as many bits for each number. */
-static int page_widen(uintptr_t *page) {
-    unsigned order = order_of(*page);
+/* Wider numbers.  False: the page is no longer in the window. */
+static int page_widen(struct counts *c, uint64_t index, unsigned order, bool *here) {
+    uintptr_t *page = &c->pages[index];
+    unsigned old_order = order_of(*page), per = 64u >> old_order;
+    *here = room_for(c, index, page_bytes(order) - page_bytes(old_order));
+    if (!*here)
+        return 0;
     const uint64_t *old = words_of(*page);
-    uint64_t *wide = calloc(1, page_bytes(order + 1));
+    uint64_t *wide = calloc(1, page_bytes(order));
     if (!wide)
         return -ENOMEM;
     for (unsigned i = 0; i < PAGE_CLUSTERS; i++) {
-        uint64_t value = field_get(old, order, i);
+        if (i % per == 0 && !old[i / per]) {
+            i += per - 1;
+            continue;
+        }
+        uint64_t value = field_get(old, old_order, i);
         if (value)
-            field_set(wide, order + 1, i, value);
+            field_set(wide, order, i, value);
     }
     free(words_of(*page));
-    *page = (uintptr_t)wide | (order + 1);
+    *page = (uintptr_t)wide | order;
     return 0;
 }
 
@@ -119,10 +163,13 @@ static unsigned page_add_some(uint64_t *words, unsigned order, unsigned i, unsig
     uint64_t max = order_max(order), ones = ones_of(order);
     while (i < end) {
         uint64_t *w = &words[i / per], value = field_get(words, order, i);
-        if (by > max - min_u64(value, max))
-            return i;
-        /* Numbers that are alike change together. */
-        if (i % per == 0 && end - i >= per && *w == value * ones) {
+        if (by > max - value) {
+            if (order < ORDER_MAX)
+                return i;
+            *w = max; /* and stays there */
+            i++;
+        } else if (i % per == 0 && end - i >= per && *w == value * ones) {
+            /* Numbers that are alike change together. */
             *w = (value + by) * ones;
             i += per;
         } else {
@@ -132,35 +179,33 @@ static unsigned page_add_some(uint64_t *words, unsigned order, unsigned i, unsig
     return end;
 }
 
-/* A number too large for a byte. */
-static int big_add(struct counts *c, uint64_t cluster, uint64_t *words, unsigned i, uint64_t by) {
-    uint64_t value = field_get(words, ORDER_BYTE, i);
-    if (value == BYTE_BIG)
-        value = big_place(c->big, c->big_cap, cluster)->value;
-    if (!ck_add(value, by, &value))
-        value = UINT64_MAX;
-    int r = big_set(c, cluster, value);
-    if (!r)
-        field_set(words, ORDER_BYTE, i, BYTE_BIG);
-    return r;
+static int page_new(struct counts *c, uint64_t index, uint64_t by, bool *here) {
+    unsigned order = order_for(by);
+    *here = room_for(c, index, page_bytes(order));
+    if (!*here)
+        return 0;
+    uint64_t *words = calloc(1, page_bytes(order));
+    if (!words)
+        return -ENOMEM;
+    c->pages[index] = (uintptr_t)words | order;
+    return 0;
 }
 
 static int page_add(struct counts *c, uint64_t index, unsigned first, unsigned n, uint64_t by) {
-    uintptr_t *page = &c->pages[index];
     unsigned i = first, end = first + n;
-    if (!*page && !(*page = (uintptr_t)calloc(1, page_bytes(0))))
-        return -ENOMEM;
-    for (;;) {
-        unsigned order = order_of(*page);
-        i = page_add_some(words_of(*page), order, i, end, by);
+    bool here = true;
+    int r = c->pages[index] ? 0 : page_new(c, index, by, &here);
+    while (!r && here) {
+        uintptr_t page = c->pages[index];
+        uint64_t sum;
+        i = page_add_some(words_of(page), order_of(page), i, end, by);
         if (i == end)
-            return 0;
-        int r = order < ORDER_BYTE ? page_widen(page)
-                                   : big_add(c, (index << PAGE_BITS) + i, words_of(*page), i, by);
-        if (r)
-            return r;
-        i += order == ORDER_BYTE;
+            break;
+        if (!ck_add(field_get(words_of(page), order_of(page), i), by, &sum))
+            sum = UINT64_MAX;
+        r = page_widen(c, index, order_for(sum), &here);
     }
+    return r;
 }
 
 /* ---- ranges ---- */
@@ -174,6 +219,11 @@ int counts_add(struct counts *c, uint64_t first, uint64_t n, uint64_t by) {
     if (!n || !by)
         return 0;
     assert(first <= c->clusters && n <= c->clusters - first);
+    if (c->room) {
+        uint64_t end = min_u64(first + n, c->room->end);
+        first = max_u64(first, c->room->from);
+        n = end > first ? end - first : 0;
+    }
     while (n) {
         unsigned some = piece(first, n);
         int r = page_add(c, first >> PAGE_BITS, first % PAGE_CLUSTERS, some, by);
@@ -190,8 +240,7 @@ uint64_t counts_get(const struct counts *c, uint64_t cluster) {
     uintptr_t page = c->pages[cluster >> PAGE_BITS];
     if (!page)
         return 0;
-    uint64_t value = field_get(words_of(page), order_of(page), cluster % PAGE_CLUSTERS);
-    return value == BYTE_BIG ? big_place(c->big, c->big_cap, cluster)->value : value;
+    return field_get(words_of(page), order_of(page), cluster % PAGE_CLUSTERS);
 }
 
 bool counts_word(const struct counts *c, uint64_t cluster, uint64_t *bits) {
@@ -243,7 +292,7 @@ bool counts_all_zero(const struct counts *c, uint64_t first, uint64_t n) {
 static bool pages_equal(uintptr_t a, uintptr_t b) {
     if (!a || !b || order_of(a) != order_of(b))
         return !a && !b;
-    return order_of(a) < ORDER_BYTE && !memcmp(words_of(a), words_of(b), page_bytes(order_of(a)));
+    return !memcmp(words_of(a), words_of(b), page_bytes(order_of(a)));
 }
 
 uint64_t counts_difference(const struct counts *a, const struct counts *b, uint64_t from,

@@ -49,7 +49,7 @@ struct run {
 static int pass_co(struct run *u) {
     check_end(&u->c);
     u->seen = (struct check_result){0};
-    u->c = (struct check){.s = u->p.s, .r = &u->seen};
+    u->c = (struct check){.s = u->p.s, .r = &u->seen, .unbounded = true};
     return check_pass_co(&u->c, u->e);
 }
 
@@ -154,7 +154,10 @@ static int first_pass_co(struct run *u) {
     u->c = (struct check){.s = u->p.s, .r = u->out};
     int r = check_pass_co(&u->c, u->e);
     u->seen = *u->out;
-    u->c.r = &u->seen;
+    u->c.r = u->c.whole = &u->seen;
+    /* What has to be repaired wants all counts at once. */
+    if (!r && u->c.room.from && (u->seen.corruptions || u->seen.leaks))
+        r = pass_co(u);
     return r;
 }
 

@@ -117,11 +117,10 @@ static int change_all_co(struct repair *p, struct check *c, change_co *change, b
         r = change_sure_table_co(&e, change, offset, fixed);
     }
     for (size_t i = 0; snapshots && !r && i < c->inactive.count; i++) {
-        uint64_t offset = c->inactive.offsets[i];
-        if ((i && offset == c->inactive.offsets[i - 1]) ||
-            counts_get(&c->l2, offset >> s->cluster_bits) & 1)
-            continue; /* done, or active too */
-        struct entry_at e = {.p = p, .c = c, .names = check_tables_names(&c->inactive, offset)};
+        uint64_t offset = c->inactive.v[i].offset;
+        if (counts_get(&c->l2, offset >> s->cluster_bits) & 1)
+            continue; /* active too, and done */
+        struct entry_at e = {.p = p, .c = c, .names = c->inactive.v[i].names};
         r = change_sure_table_co(&e, change, offset, fixed);
     }
     return r;
@@ -254,8 +253,9 @@ static int copy_table_co(struct repair *p, uint64_t from) {
 int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed) {
     struct qcow2 *s = p->s;
     uint64_t first = UINT64_MAX, last = 0, n = 0;
-    p->wanted = c->twice.count;
-    p->left = 0;
+    p->wanted = p->left = 0;
+    for (size_t i = 0; i < c->twice.count; i++)
+        p->wanted += c->twice.v[i].names;
     int r = p->wanted ? claim_room_co(p, c) : 0;
     for (uint64_t i = 0; !r && p->left && i < c->l1_end; i++) {
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, to = p->room << s->cluster_bits;

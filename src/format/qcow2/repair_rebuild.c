@@ -186,7 +186,7 @@ int repair_rebuild_co(struct repair *p, uint64_t extra, uint64_t extra_n) {
     if (!b)
         return -ENOMEM;
     *b = (struct rebuild){.s = p->s, .extra = extra, .extra_n = extra_n};
-    b->c = (struct check){.s = p->s, .r = &quiet, .without_refs = true};
+    b->c = (struct check){.s = p->s, .r = &quiet, .without_refs = true, .unbounded = true};
     int r = check_pass_co(&b->c, NULL);
     if (!r)
         r = rebuild_co(b, p->buf);
