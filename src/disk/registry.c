@@ -10,6 +10,7 @@
     X(qcow2)                                                                                       \
     X(vdi)                                                                                         \
     X(vpc)                                                                                         \
+    X(vhdx)                                                                                        \
     X(bochs)                                                                                       \
     X(cloop)                                                                                       \
     X(qcow)                                                                                        \

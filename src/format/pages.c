@@ -132,7 +132,8 @@ int pages_get_co(struct pages *p, uint64_t host, uint32_t length, unsigned level
     if (!page)
         return -ENOMEM;
     page->loading = true;
-    int r = disk_pread_co(p->storage, host, page->data, length);
+    int r = p->load_co ? p->load_co(p->load_arg, host, page->data, length)
+                       : disk_pread_co(p->storage, host, page->data, length);
     page->loading = false;
     if (r < 0) {
         page->error = r;

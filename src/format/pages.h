@@ -54,6 +54,9 @@ struct pages {
     uint32_t budget, count, cap, hand, dirty_count;
     uint32_t hash_mask;
     struct page **hash, **all;
+    /* Where pages come from; NULL: from the storage.  Set after pages_init(). */
+    int (*load_co)(void *arg, uint64_t host, void *buf, size_t length);
+    void *load_arg;
 };
 
 struct pages_batch {

@@ -11,6 +11,7 @@
 #include "disk/io.h"
 #include "disk/open.h"
 #include "format/in_place.h"
+#include "format/utf16.h"
 #include "format/vpc/vpc.h"
 
 #define PAGES_BYTES (12 * MIB) /* of tables and bitmaps in memory */
@@ -97,55 +98,12 @@ static int open_dynamic_co(struct vpc *s, struct err *e) {
 
 /* ---------------------------------------------------------------- parents */
 
-static void put_utf8(struct strbuf *b, uint32_t c) {
-    char out[4];
-    size_t n = 0;
-    if (c < 0x80) {
-        out[n++] = (char)c;
-    } else if (c < 0x800) {
-        out[n++] = (char)(0xc0 | c >> 6);
-        out[n++] = (char)(0x80 | (c & 0x3f));
-    } else if (c < 0x10000) {
-        out[n++] = (char)(0xe0 | c >> 12);
-        out[n++] = (char)(0x80 | (c >> 6 & 0x3f));
-        out[n++] = (char)(0x80 | (c & 0x3f));
-    } else {
-        out[n++] = (char)(0xf0 | c >> 18);
-        out[n++] = (char)(0x80 | (c >> 12 & 0x3f));
-        out[n++] = (char)(0x80 | (c >> 6 & 0x3f));
-        out[n++] = (char)(0x80 | (c & 0x3f));
-    }
-    strbuf_add(b, out, n);
-}
-
 /*
- * A Windows path in UTF-16 as a path of this system: backslashes become slashes, ".\" goes.  False
- * when it is not text.  Writers disagree about the byte order of locators: where the first unit
- * makes sense in one order only, that is it.
+ * A path of Windows.  Writers disagree about the byte order of locators: where the first unit makes
+ * sense in one order only, that is it.
  */
 static bool path_from_utf16(const uint8_t *p, size_t bytes, bool big, struct strbuf *out) {
-    if (bytes >= 2 && !big && !p[0] && p[1])
-        big = true;
-    for (size_t i = 0; i + 1 < bytes; i += 2) {
-        uint32_t c = big ? be16_load(p + i) : le16_load(p + i);
-        if (!c)
-            break;
-        if (c >= 0xd800 && c < 0xdc00 && i + 3 < bytes) {
-            uint32_t low = big ? be16_load(p + i + 2) : le16_load(p + i + 2);
-            if (low < 0xdc00 || low > 0xdfff)
-                return false;
-            c = 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
-            i += 2;
-        } else if (c < 0x20 || (c >= 0xd800 && c <= 0xdfff)) {
-            return false;
-        }
-        put_utf8(out, c == '\\' ? '/' : c);
-    }
-    if (out->s && !strncmp(out->s, "./", 2)) {
-        memmove(out->s, out->s + 2, out->len - 1);
-        out->len -= 2;
-    }
-    return out->len > 0;
+    return utf16_to_path(p, bytes, big || (bytes >= 2 && !p[0] && p[1]), out);
 }
 
 /* The path of the locator with code `want`, into `out`; false: there is none that can be used. */
