@@ -4,8 +4,8 @@
  *
  * Invariants
  *  1. No granted exclusive request overlaps any other granted one.
- *  2. `waiting` is in order of arrival, and a waiter is granted as soon as nothing granted and
- * nothing that waits before it conflicts with it.
+ *  2. `waiting` is in order of arrival, and a waiter is granted as soon as nothing granted
+ * conflicts with it, nor anything that waits before it, but for what it may overtake.
  */
 #include "disk/range_lock.h"
 
@@ -19,25 +19,48 @@ void range_lock_init(struct range_lock *l) {
     list_init(&l->waiting);
 }
 
-static bool conflicts_in(const struct list *head, const struct range_req *r) {
+static bool conflict(const struct range_req *a, const struct range_req *b) {
+    return (a->exclusive || b->exclusive) &&
+           ranges_overlap(a->offset, a->length, b->offset, b->length);
+}
+
+static bool conflicts_with_granted(const struct list *head, const struct range_req *r) {
+    list_for_each(it, head) if (conflict(list_entry(it, struct range_req, link), r)) return true;
+    return false;
+}
+
+static bool may_overtake(const struct range_req *w, const struct range_req *r) {
+    return w->exclusive && r->exclusive && w->overtaken < RANGE_OVERTAKEN_MAX;
+}
+
+/* Only those before r in `waiting` count. */
+static bool conflicts_with_waiting(const struct list *head, const struct range_req *r) {
     list_for_each(it, head) {
-        const struct range_req *o = list_entry(it, struct range_req, link);
-        if (o == r)
-            return false; /* only those before r in `waiting` count */
-        if ((r->exclusive || o->exclusive) &&
-            ranges_overlap(r->offset, r->length, o->offset, o->length))
+        const struct range_req *w = list_entry(it, struct range_req, link);
+        if (w == r)
+            return false;
+        if (conflict(w, r) && !may_overtake(w, r))
             return true;
     }
     return false;
 }
 
 static bool may_grant(const struct range_lock *l, const struct range_req *r) {
-    return !conflicts_in(&l->exclusive, r) && !conflicts_in(&l->waiting, r) &&
-           (!r->exclusive || !conflicts_in(&l->shared, r));
+    return !conflicts_with_granted(&l->exclusive, r) && !conflicts_with_waiting(&l->waiting, r) &&
+           (!r->exclusive || !conflicts_with_granted(&l->shared, r));
 }
 
+/* `r` is still in `waiting`, or was never there. */
 static void grant(struct range_lock *l, struct range_req *r) {
+    list_for_each(it, &l->waiting) {
+        struct range_req *w = list_entry(it, struct range_req, link);
+        if (w == r)
+            break;
+        w->overtaken += conflict(w, r);
+    }
     r->granted = true;
+    if (r->task)
+        list_remove(&r->link);
     list_push_front(r->exclusive ? &l->exclusive : &l->shared, &r->link);
 }
 
@@ -61,7 +84,6 @@ void range_unlock(struct range_lock *l, struct range_req *r) {
         struct range_req *w = list_entry(it, struct range_req, link);
         if (!may_grant(l, w))
             continue;
-        list_remove(&w->link);
         grant(l, w);
         task_wake(w->task);
     }

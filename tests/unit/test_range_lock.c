@@ -91,6 +91,27 @@ static void unrelated_requests_pass_a_waiting_one(void **state) {
     assert_string_equal(scene(h, 3), "acCAbB");
 }
 
+/* b waits for a; c overlaps b but nothing that is granted. */
+static void an_exclusive_overtakes_a_waiting_one(void **state) {
+    struct holder h[] = {{'a', 0, 10, true, 8}, {'b', 5, 10, true, 1}, {'c', 12, 5, true, 1}};
+    assert_string_equal(scene(h, 3), "acCAbB");
+}
+
+static void a_shared_does_not_overtake_a_waiting_exclusive(void **state) {
+    struct holder h[] = {{'a', 0, 10, true, 6}, {'b', 5, 10, true, 1}, {'c', 12, 5, false, 1}};
+    assert_string_equal(scene(h, 3), "aAbBcC");
+}
+
+static void overtaking_has_an_end(void **state) {
+    struct holder h[RANGE_OVERTAKEN_MAX + 3] = {{'a', 0, 10, true, 60}, {'b', 5, 10, true, 1}};
+    for (int i = 0; i <= RANGE_OVERTAKEN_MAX; i++)
+        h[2 + i] = (struct holder){'c', 12, 5, true, 0};
+    const char *seen = scene(h, RANGE_OVERTAKEN_MAX + 3);
+    /* All but the last pass b, which then comes first. */
+    assert_int_equal(strspn(seen + 1, "cC"), 2 * RANGE_OVERTAKEN_MAX);
+    assert_string_equal(seen + 1 + 2 * RANGE_OVERTAKEN_MAX, "AbBcC");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(shared_ranges_overlap_freely),
@@ -98,6 +119,9 @@ int main(void) {
         cmocka_unit_test(ranges_that_only_touch_do_not_conflict),
         cmocka_unit_test(shared_waits_behind_a_waiting_exclusive),
         cmocka_unit_test(unrelated_requests_pass_a_waiting_one),
+        cmocka_unit_test(an_exclusive_overtakes_a_waiting_one),
+        cmocka_unit_test(a_shared_does_not_overtake_a_waiting_exclusive),
+        cmocka_unit_test(overtaking_has_an_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
