@@ -38,6 +38,7 @@ struct rw {
     const char *name; /* in "NAME failed" */
     enum rw_kind kind;
     bool aio, quiet, machine, dump, check;
+    bool vm_state; /* not the disk: what is saved of a machine beside it */
     uint8_t pattern;
     uint64_t check_off, check_len;
     uint64_t offset, length;
@@ -100,6 +101,8 @@ static int write_coded_units_co(struct node *n, uint64_t offset, uint64_t length
 
 static int rw_perform_co(const struct rw *w) {
     struct node *n = w->s->node;
+    if (w->vm_state)
+        return disk_vm_state_co(n, w->kind != RW_READ, w->offset, w->length, w->iov, w->niov);
     if (w->offset > n->size || w->length > n->size - w->offset)
         return -EIO;
     switch (w->kind) {
@@ -183,7 +186,8 @@ static int rw_finish(struct rw *w_in, int r) {
     }
     if (r < 0) {
         printf("%s failed: %s\n", w->name, strerror(-r));
-        if (!dialect_is_qemu() && (w->offset > n->size || w->length > n->size - w->offset))
+        if (!dialect_is_qemu() && !w->vm_state &&
+            (w->offset > n->size || w->length > n->size - w->offset))
             io_complain(w->s, "the range ends behind the end of the disk (%" PRIu64 " bytes)",
                         n->size);
         return r;
@@ -313,16 +317,13 @@ static bool fill_from_file(struct rw *w, const char *name) {
 
 static int read_command_co(struct io_session *s, const struct io_args *a, const char *name,
                            bool aio) {
-    if (a->has['b']) {
-        puts("there is no VM state to read");
-        return -ENOTSUP;
-    }
     if (!a->has['P'] && (a->has['s'] || a->has['l']))
         return io_usage(a->cmd);
     struct rw *w AUTO(rw_free_p) = rw_new(s, a, name, RW_READ);
     if (!w || !rw_buffer(w, 0xab))
         return -EINVAL;
     w->aio = aio;
+    w->vm_state = a->has['b'];
     w->check = a->has['P'];
     w->check_len = w->length;
     if (w->check && !parse_pattern(a->val['P'], &w->pattern))
@@ -373,8 +374,6 @@ static const char *write_conflict(const struct io_args *a) {
         return "cannot combine zero write with registered I/O buffer";
     if (a->has['c'] && a->has['z'])
         return "-c and -z cannot be specified at the same time";
-    if (a->has['b'])
-        return "there is no VM state to write";
     return NULL;
 }
 
@@ -405,6 +404,7 @@ static int write_command_co(struct io_session *s, const struct io_args *a, const
     if (a->val['s'] && !fill_from_file(w, a->val['s']))
         return -EINVAL;
     w->aio = aio;
+    w->vm_state = a->has['b'];
     w->io_flags = a->has['f'] ? IO_FUA : 0;
     w->zero_flags = (a->has['u'] ? ZERO_MAY_UNMAP : 0) | (a->has['n'] ? ZERO_NO_FALLBACK : 0) |
                     (a->has['f'] ? ZERO_FUA : 0) | ZERO_PRESENT;

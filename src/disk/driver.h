@@ -249,6 +249,12 @@ struct format_ops {
      */
     int (*reach_co)(struct node *n, uint64_t size, struct err *e);
     /*
+     * The guest offset, behind the end of the disk, where the state of a machine begins that is
+     * saved beside it.  map works there, and behind reach_co place and publish too; snapshots keep
+     * it.  Pure.  NULL: not in this format.
+     */
+    uint64_t (*vm_state_at)(const struct node *n);
+    /*
      * New guest size.  Called quiesced, and when growing after reach_co and a flush.  The room
      * given ahead for the new part follows `prealloc` (enum prealloc).  NULL: -ENOTSUP.
      */

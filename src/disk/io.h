@@ -49,6 +49,13 @@ int disk_discard_co(struct node *n, uint64_t offset, uint64_t length);
 int disk_flush_co(struct node *n);
 
 /*
+ * Writes (`out`) or reads the state of a machine that the image keeps beside its disk; what was
+ * never written reads as zeros.  -ENOTSUP: not in this format.
+ */
+int disk_vm_state_co(struct node *n, bool out, uint64_t offset, uint64_t length,
+                     const struct iovec *iov, int niov);
+
+/*
  * One coded unit (see codec in driver.h), already encoded.  `offset` is a multiple of granularity,
  * and the unit must not hold newer data that somebody else is writing.  -ENOTSUP without a codec.
  */

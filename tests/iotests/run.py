@@ -56,7 +56,7 @@ def suite_tests(folder):
         if "bash" not in text.splitlines()[0]:
             continue
         code = "\n".join(l for l in text.splitlines()
-                         if not re.match(r"\s*(#|_(un)?supported_fmt)", l))
+                         if not re.match(r'\s*(#|_(un)?supported_fmt|.*"\$IMGFMT" ==? "luks")', l))
         if not FOREIGN.search(code):
             found.append(name)
     return found
@@ -134,7 +134,10 @@ class Runner:
             p.wait()
         took = time.time() - began
         base = os.path.basename(test)
-        skipped = os.path.exists(os.path.join(test_dir, base + ".notrun"))
+        notrun = os.path.join(test_dir, base + ".notrun")
+        skipped = os.path.exists(notrun)
+        if skipped:
+            shutil.copy(notrun, os.path.join(self.work, self.label, safe + ".notrun"))
         diff = list(difflib.unified_diff(lines_of(want), lines_of(out), "reference", "output",
                                          lineterm=""))
         if status:

@@ -454,6 +454,7 @@ static const struct format_ops qcow2_format = {
     .set_zero_co = qcow2_set_zero_co,
     .discard_co = qcow2_discard_co,
     .reach_co = qcow2_reach_co,
+    .vm_state_at = qcow2_vm_state_at,
     .resize_co = qcow2_resize_co,
     .flush_co = qcow2_flush_co,
     .set_backing_co = qcow2_set_backing_co,

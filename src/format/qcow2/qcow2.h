@@ -310,6 +310,7 @@ int qcow2_empty_co(struct node *n, struct err *e);
 
 /* ---- resize.c ---- */
 int qcow2_reach_co(struct node *n, uint64_t size, struct err *e);
+uint64_t qcow2_vm_state_at(const struct node *n);
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 /* Whether the disk can have this size, in an image of `version`.  -EFBIG, -ENOTSUP. */
 int qcow2_resize_check(const struct qcow2 *s, uint64_t size, uint32_t version, struct err *e);

@@ -171,6 +171,14 @@ int qcow2_reach_co(struct node *n, uint64_t size, struct err *e) {
     return r < 0 ? err_errno(e, -r, "making the L1 table larger for %" PRIu64 " bytes", size) : 0;
 }
 
+/* Where the first L2 table behind those of the disk maps. */
+uint64_t qcow2_vm_state_at(const struct node *n) {
+    const struct qcow2 *s = n->state;
+    uint64_t tables =
+        qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), s->h.size);
+    return tables << (s->cluster_bits + s->l2_bits);
+}
+
 int qcow2_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     uint64_t old = s->h.size;
