@@ -147,7 +147,9 @@ void progress_update(struct progress *p, uint64_t done, uint64_t total) {
         return;
     int64_t now = now_ns();
     if (dialect_is_qemu()) { /* there, each whole percent */
-        if (percent(p) >= p->tenths + 1 || percent(p) >= 100) {
+        if (!p->drawn_once || percent(p) >= p->tenths + 1 ||
+            (percent(p) >= 100 && p->tenths < 100)) {
+            p->drawn_once = true;
             p->tenths = (unsigned)percent(p);
             show(p, now);
         }

@@ -43,7 +43,8 @@ struct progress_args {
 struct progress {
     enum progress_mode mode;
     bool terminal;
-    bool drawn;
+    bool drawn;      /* a bar */
+    bool drawn_once; /* anything */
     uint64_t done, total;
     int64_t start_ns, last_ns;
     unsigned tenths; /* written so far, when not on a terminal */

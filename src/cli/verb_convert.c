@@ -256,6 +256,7 @@ static int create_storage_co(struct convert *c, unsigned cache_flags, bool autom
     struct err first AUTO_ERR = ERR_INIT;
     struct create_ctx ctx = {.name = c->target_name, .flags = CREATE_UNNAMED | CREATE_REPLACE};
     ctx.node_flags = cache_flags;
+    ctx.flags |= dialect_is_qemu() ? CREATE_FIRST_BLOCK : 0;
     int r = -ENOTSUP;
     if (automatic) {
         ctx.node_flags |= NODE_DIRECT;
@@ -415,6 +416,7 @@ int convert_copy_all_co(struct convert *c) {
         .rate_bytes = a->rate,
         .cancel = &c->cancel,
         .progress = show ? on_progress : NULL,
+        .each_piece = dialect_is_qemu(),
         .damaged = on_damage,
         .arg = c,
     };

@@ -189,7 +189,9 @@ static int create_with_tree_co(struct verb_ctx *ctx, const char *format, const s
     if (!rc)
         rc = dialect_create_announce(ctx, d, tree, a->quiet);
     if (!rc)
-        rc = disk_create_co(ctx->pos[0], format, tree, CREATE_REPLACE, &ctx->err);
+        rc = disk_create_co(ctx->pos[0], format, tree,
+                            CREATE_REPLACE | (dialect_is_qemu() ? CREATE_FIRST_BLOCK : 0),
+                            &ctx->err);
     if (!rc && !a->quiet && !dialect_is_qemu())
         print_created(ctx, format, tree, size);
     return rc;

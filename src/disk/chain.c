@@ -190,9 +190,9 @@ static int refine_co(const struct node *n, struct status *st) {
     } else {
         /* A file may end anywhere: what follows in the same block is told as data too, or runs of
          * odd lengths would reach everybody above. */
-        uint64_t end = align_up(st->host_offset + x.length, STATUS_ALIGN);
-        if (n->flags & NODE_SECTORS) /* there, up to the byte */
-            end = st->host_offset + x.length;
+        /* There, up to what a request can be. */
+        uint64_t align = n->flags & NODE_SECTORS ? s->request_align : STATUS_ALIGN;
+        uint64_t end = align_up(st->host_offset + x.length, align);
         st->length = min_u64(st->length, end - st->host_offset);
     }
     return 0;

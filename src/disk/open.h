@@ -120,6 +120,11 @@ enum create_flags {
         1, /* storage: unnamed object beside `name`; node_link_co gives it the name later */
     CREATE_REPLACE = 2, /* an existing file may be replaced (as qemu-img create does) */
     CREATE_SCRATCH = 4, /* unnamed for good, in the folder `name` (temporary snapshots) */
+    /*
+     * When an empty file grows, its first block gets room, zeros in it: where a file system takes
+     * reads of a hole at any alignment, what O_DIRECT needs cannot be found out from one.
+     */
+    CREATE_FIRST_BLOCK = 8,
 };
 struct create_ctx {
     const char *name;

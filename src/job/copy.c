@@ -335,7 +335,8 @@ static void account(struct copy_job *j, uint64_t bytes) {
     if (p->total < p->done)
         p->total = p->done;
     int64_t now = loop_now_ns(loop_self());
-    if (j->opts->progress && now - j->progress_ns >= PROGRESS_INTERVAL_NS) {
+    if (j->opts->progress &&
+        (j->opts->each_piece || now - j->progress_ns >= PROGRESS_INTERVAL_NS)) {
         j->progress_ns = now;
         j->opts->progress(j->opts->arg, p);
     }

@@ -34,6 +34,7 @@ struct copy_opts {
     uint64_t rate_bytes;   /* per second; 0: unlimited */
     const bool *cancel;    /* looked at between chunks; NULL: never */
     void (*progress)(void *arg, const struct copy_progress *p); /* at most 10 a second */
+    bool each_piece; /* ... or for every piece that has been copied */
     void (*damaged)(void *arg, uint64_t offset, uint64_t length, int error); /* salvage */
     void *arg;
 };

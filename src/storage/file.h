@@ -50,9 +50,10 @@ struct file_state {
     int fd;       /* keeps its number over a reopen */
     int plain_fd; /* + 1; without O_DIRECT, for the odd end of the file; 0: not open */
     bool is_block;
-    bool unnamed;    /* made by us and not yet linked */
-    bool scratch;    /* for throwing away: space is not taken far ahead */
-    char *temp_path; /* its hidden name where the file system has no unnamed files; owned */
+    bool unnamed;     /* made by us and not yet linked */
+    bool first_block; /* CREATE_FIRST_BLOCK */
+    bool scratch;     /* for throwing away: space is not taken far ahead */
+    char *temp_path;  /* its hidden name where the file system has no unnamed files; owned */
     struct file_lock lock;
     uint64_t size_limit; /* growing beyond gives ENOSPC; 0: none */
     int flush_error;     /* a failed fdatasync may have lost pages: no later one is believed */

@@ -179,6 +179,7 @@ int file_create_co(struct node *n, struct create_ctx *ctx, struct err *e) {
     s->opened = true;
     s->unnamed = !device && (unnamed || scratch);
     s->scratch = scratch;
+    s->first_block = ctx->flags & CREATE_FIRST_BLOCK;
     s->size_limit = ctx->size_limit;
     if (o && !o->filename)
         o->filename = xstrdup(path);

@@ -306,6 +306,13 @@ static int prealloc_work(void *arg) {
     return r;
 }
 
+/* Only a help for whoever opens the file later, so a failure says nothing. */
+static void write_first_block(int fd, uint64_t size) {
+    static const uint8_t zeros[4096] __attribute__((aligned(4096)));
+    ssize_t n = pwrite(fd, zeros, size < sizeof(zeros) ? 512 : sizeof(zeros), 0);
+    (void)n;
+}
+
 int file_truncate_co(struct node *n, uint64_t size, int prealloc, struct err *e) {
     struct file_state *s = file_state(n);
     struct truncate_work w = {.fd = s->fd, .old_size = n->size, .size = size, .prealloc = prealloc};
@@ -328,6 +335,8 @@ int file_truncate_co(struct node *n, uint64_t size, int prealloc, struct err *e)
     if (r)
         return err_errno(e, -r, "cannot resize from %" PRIu64 " to %" PRIu64 " bytes", n->size,
                          size);
+    if (s->first_block && grows && !n->size && prealloc == PREALLOC_OFF)
+        write_first_block(s->fd, size);
     if (!grows || s->unnamed) /* ftruncate has freed what was allocated ahead */
         s->ahead_end = s->appended = s->append_end = 0;
     n->size = size;
