@@ -267,7 +267,12 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
         strbuf_puts(b, why);
     else if (strstr(text, "force-share only goes with read-only"))
         strbuf_puts(b, "force-share=on can only be used with read-only images");
-    else if (strstr(text, "is a directory"))
+    else if ((why = behind(text, "is not a device, as the driver '")))
+        strbuf_printf(b, "'%.*s' driver requires '%s' to be either a character or block device",
+                      (int)strcspn(why, "'"), why, name);
+    else if (strstr(text, "is a directory") && strstr(text, "for writing"))
+        strbuf_printf(b, "Could not open '%s': Is a directory", name);
+    else if (strstr(text, "is a directory") || strstr(text, "which cannot hold a disk"))
         strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
     else if ((why = strstr(text, "Could not read blkdebug config file")))
         strbuf_puts(b, why);

@@ -89,6 +89,12 @@ static int keep_reads_co(struct io_session *s, const struct open_req *req) {
     return r;
 }
 
+/* For messages, where only options name the file. */
+static const char *shown_name(const struct io_open *o, const json_t *tree) {
+    const char *name = o->name ? o->name : json_string_value(json_object_get(tree, "filename"));
+    return name ? name : "";
+}
+
 int io_open_co(struct io_session *s, const struct io_open *o) {
     struct err *e = &s->ctx->err;
     json_t *tree;
@@ -131,11 +137,11 @@ int io_open_co(struct io_session *s, const struct io_open *o) {
     }
     if (r < 0) {
         s->node = NULL;
-        forget_opened(s);
-        dialect_open_error(s->ctx, o->name ? o->name : "", o->format,
+        dialect_open_error(s->ctx, shown_name(o, req.options), o->format,
                            req.name ? "can't open device %s: " : "can't open: ");
         cli_print_error(s->ctx, e);
         err_clear(e);
+        forget_opened(s);
         return r;
     }
     if (rw)

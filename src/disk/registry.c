@@ -18,6 +18,7 @@
     X(qed)                                                                                         \
     X(file)                                                                                        \
     X(host_device)                                                                                 \
+    X(host_cdrom)                                                                                  \
     X(memory)                                                                                      \
     X(vvfat)                                                                                       \
     X(nbd)                                                                                         \

@@ -36,7 +36,9 @@ const char *file_path(const char *name) {
 }
 
 static int file_parse_name(const char *name, json_t *tree, struct err *e) {
-    const char *path = strncmp(name, "host_device:", 12) ? file_path(name) : name + 12;
+    const char *path = !strncmp(name, "host_device:", 12)  ? name + 12
+                       : !strncmp(name, "host_cdrom:", 11) ? name + 11
+                                                           : file_path(name);
     if (!*path)
         return err_set(e, EINVAL, "the file name is empty");
     json_t *value = json_string_nocheck(path);
@@ -71,6 +73,8 @@ int file_open_path(const char *path, int flags, struct stat *st, struct err *e) 
     bool is_block;
     /* Looked at first: opening alone can rewind a tape or arm a watchdog. */
     if (!stat(path, st)) {
+        if (S_ISDIR(st->st_mode) && flags & O_RDWR && !(flags & O_CREAT))
+            return err_set(e, EISDIR, "is a directory, not a disk image to open for writing");
         int r = file_check_type(st, &is_block, e);
         if (r)
             return r;
@@ -157,7 +161,7 @@ static bool lies_in_memory(int fd) {
 
 int file_adopt(struct node *n, const struct stat *st, struct err *e) {
     struct file_state *s = file_state(n);
-    s->is_block = S_ISBLK(st->st_mode);
+    s->is_block = S_ISBLK(st->st_mode) || s->is_device;
     s->data_at = UINT64_MAX;
     uint64_t size = (uint64_t)st->st_size;
     if (s->is_block && ioctl(s->fd, BLKGETSIZE64, &size)) {
@@ -234,11 +238,33 @@ static int file_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     return r ? r : file_adopt(n, &st, e);
 }
 
+/* Whoever names this driver says that it is a device: character devices too, then. */
 static int host_device_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
-    int r = file_open_co(n, ctx, e);
-    if (!r && !file_state(n)->is_block)
-        r = err_set(e, EINVAL, "is not a block device");
-    return r;
+    struct file_state *s = file_state(n);
+    const struct file_opts *o = n->opts;
+    struct stat st;
+    if (!o->filename || !*o->filename)
+        return err_set(e, EINVAL, "the option filename is missing");
+    if (stat(o->filename, &st))
+        return err_errno(e, errno, "cannot open");
+    if (S_ISBLK(st.st_mode))
+        return file_open_co(n, ctx, e);
+    if (S_ISDIR(st.st_mode) && node_is_rw(n))
+        return err_errno(e, EISDIR, "cannot open for writing");
+    if (!S_ISCHR(st.st_mode))
+        return err_set(e, EINVAL, "is not a device, as the driver '%s' wants", n->drv->name);
+    int fd = open(o->filename, file_open_flags(n->flags) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (fd < 0)
+        return err_errno(e, errno, "cannot open");
+    s->fd = fd;
+    s->opened = s->is_device = true;
+    int fl = fcntl(fd, F_GETFL);
+    if (fstat(fd, &st) || fl < 0 || fcntl(fd, F_SETFL, fl & ~O_NONBLOCK) < 0)
+        return err_errno(e, errno, "cannot open");
+    if (!S_ISCHR(st.st_mode))
+        return err_set(e, EINVAL, "has become something else than a device");
+    int r = file_take_locks(n, e);
+    return r ? r : file_adopt(n, &st, e);
 }
 
 static void file_drop_plain(struct file_state *s) {
@@ -497,6 +523,7 @@ static const struct storage_ops file_storage = {
 
 static const char *const file_prefixes[] = {"file:", NULL};
 static const char *const host_device_prefixes[] = {"host_device:", NULL};
+static const char *const host_cdrom_prefixes[] = {"host_cdrom:", NULL};
 
 const struct driver driver_file = {
     .name = "file",
@@ -516,8 +543,24 @@ const struct driver driver_file = {
 const struct driver driver_host_device = {
     .name = "host_device",
     .kind = DRIVER_STORAGE,
-    .help = "a block device of this machine; regular files are refused",
+    .help = "a block or character device of this machine; regular files are refused",
     .prefixes = host_device_prefixes,
+    .state_size = sizeof(struct file_state),
+    .opts = file_open_opts,
+    .opts_size = sizeof(struct file_opts),
+    .parse_name = file_parse_name,
+    .open_co = host_device_open_co,
+    .close_co = file_close_co,
+    .reopen_co = file_reopen_co,
+    .storage = &file_storage,
+};
+
+/* A drive with a medium in it: what a device of this machine is.  Nothing ejects. */
+const struct driver driver_host_cdrom = {
+    .name = "host_cdrom",
+    .kind = DRIVER_STORAGE,
+    .help = "a CD drive of this machine, with a medium in it",
+    .prefixes = host_cdrom_prefixes,
     .state_size = sizeof(struct file_state),
     .opts = file_open_opts,
     .opts_size = sizeof(struct file_opts),

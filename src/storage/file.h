@@ -46,10 +46,11 @@ struct file_opts {
 enum run_kind { RUN_NONE, RUN_DATA, RUN_HOLE };
 
 struct file_state {
-    bool opened;  /* fd is valid; a zeroed state is a closed one */
-    int fd;       /* keeps its number over a reopen */
-    int plain_fd; /* + 1; without O_DIRECT, for the odd end of the file; 0: not open */
-    bool is_block;
+    bool opened;      /* fd is valid; a zeroed state is a closed one */
+    int fd;           /* keeps its number over a reopen */
+    int plain_fd;     /* + 1; without O_DIRECT, for the odd end of the file; 0: not open */
+    bool is_block;    /* or a character device */
+    bool is_device;   /* a character device */
     bool unnamed;     /* made by us and not yet linked */
     bool first_block; /* CREATE_FIRST_BLOCK */
     bool scratch;     /* for throwing away: space is not taken far ahead */
