@@ -388,13 +388,25 @@ static void on_progress(void *arg, const struct copy_progress *p) {
     progress_update(&c->bar, c->done_before + p->done, c->done_before + p->total + later);
 }
 
+/* There, each sector by itself. */
 static void on_damage(void *arg, uint64_t offset, uint64_t length, int error) {
     struct convert *c = arg;
-    if (!c->a->quiet)
+    for (uint64_t end = offset + length; dialect_is_qemu() && !c->a->quiet && offset < end;
+         offset += 512)
+        cli_print_warning(c->ctx, "error while reading offset %" PRIu64 ": %s", offset,
+                          strerror(error));
+    if (!c->a->quiet && !dialect_is_qemu())
         cli_print_warning(c->ctx,
                           "%s: %" PRIu64 " bytes at offset %" PRIu64
                           " are unreadable (%s), zeros written",
                           c->src_now->filename, length, offset, strerror(error));
+}
+
+static void on_unmapped(void *arg, uint64_t offset, int error) {
+    struct convert *c = arg;
+    if (!c->a->quiet && dialect_is_qemu())
+        cli_print_warning(c->ctx, "error while reading block status at offset %" PRIu64 ": %s",
+                          offset, strerror(error));
 }
 
 static void on_signal(void *arg, int signo) {
@@ -406,7 +418,8 @@ int convert_copy_all_co(struct convert *c) {
     const struct convert_args *a = c->a;
     bool show = !a->quiet; /* or counted, for SIGUSR1 */
     struct copy_opts o = {
-        .workers = a->workers,
+        /* There, what is said of damage comes in order. */
+        .workers = a->salvage && dialect_is_qemu() ? 1 : a->workers,
         .in_order = !a->out_of_order,
         .compress = a->compress,
         .sparse_bytes = a->sparse,
@@ -418,6 +431,7 @@ int convert_copy_all_co(struct convert *c) {
         .progress = show ? on_progress : NULL,
         .each_piece = dialect_is_qemu(),
         .damaged = on_damage,
+        .unmapped = on_unmapped,
         .arg = c,
     };
     int r = 0;

@@ -27,7 +27,6 @@
 
 enum {
     SALVAGE_PIECE = 64 << 10,
-    SALVAGE_SECTOR = 4096,
 };
 static const int64_t PROGRESS_INTERVAL_NS = 100 * 1000 * 1000;
 static const int64_t SLEEP_MAX_NS = 100 * 1000 * 1000; /* how late a cancel is noticed */

@@ -36,6 +36,8 @@ struct copy_opts {
     void (*progress)(void *arg, const struct copy_progress *p); /* at most 10 a second */
     bool each_piece; /* ... or for every piece that has been copied */
     void (*damaged)(void *arg, uint64_t offset, uint64_t length, int error); /* salvage */
+    /* The same for a sector of which the map says nothing: it is read.  May be said twice. */
+    void (*unmapped)(void *arg, uint64_t offset, int error);
     void *arg;
 };
 

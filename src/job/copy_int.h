@@ -26,6 +26,7 @@
 #include "runtime/task.h"
 
 enum {
+    SALVAGE_SECTOR = 512,     /* least that is given up */
     COPY_BLOCK_MIN = 512,     /* finest zero detection */
     COPY_CHUNK = 1 << 20,     /* bytes of one window, more only for larger units */
     COPY_CHUNK_MAX = 2 << 20, /* what buf_get gives */
@@ -71,6 +72,7 @@ struct copy_job {
     /* the walker (copy_walk.c): claims are made one at a time */
     struct task_mutex walk;
     uint64_t pos;
+    uint64_t salvage_ask;    /* the last range that the map was asked about; 0: not salvaging */
     enum copy_kind run_kind; /* of [.., run_end), valid while pos < run_end */
     uint64_t run_end;
     bool run_plain; /* bytes lie in a storage as they are, so the kernel might clone them */

@@ -45,11 +45,10 @@ static bool is_below(const struct copy_job *j, const struct status *st) {
 }
 
 /* One answer of the map at `pos`, as the copy sees it. */
-static int classify_co(struct copy_job *j, uint64_t pos, enum copy_kind *kind, uint64_t *end,
-                       bool *plain) {
+static int classify_co(struct copy_job *j, uint64_t pos, uint64_t ask, enum copy_kind *kind,
+                       uint64_t *end, bool *plain) {
     bool top_only = j->opts->top_only && !j->opts->layers;
     unsigned flags = STATUS_PRECISE | (top_only ? STATUS_TOP_ONLY : 0);
-    uint64_t ask = min_u64(j->length - pos, STATUS_MAX);
     struct status st;
     int r = disk_status_co(j->src, pos, ask, flags, &st);
     if (r < 0)
@@ -67,17 +66,36 @@ static int classify_co(struct copy_job *j, uint64_t pos, enum copy_kind *kind, u
     return 0;
 }
 
+/*
+ * The same; under salvage smaller ranges are asked about where the map fails, down to a sector,
+ * which is then taken for data: the read finds out where it hurts.
+ */
+static int answer_co(struct copy_job *j, uint64_t pos, enum copy_kind *kind, uint64_t *end,
+                     bool *plain) {
+    /* Near what failed, small ranges from the start: damage may be large. */
+    uint64_t ask = j->salvage_ask ? min_u64(j->salvage_ask * 4, STATUS_MAX) : STATUS_MAX;
+    int r = classify_co(j, pos, min_u64(ask, j->length - pos), kind, end, plain);
+    if (j->opts->salvage && !j->opts->top_only && !j->opts->layers) {
+        while (r < 0 && ask > SALVAGE_SECTOR) {
+            ask = max_u64(ask / 4, SALVAGE_SECTOR);
+            r = classify_co(j, pos, min_u64(ask, j->length - pos), kind, end, plain);
+        }
+        j->salvage_ask = ask;
+    }
+    if (r == 0 || !j->salvage_ask)
+        return r;
+    if (j->opts->unmapped)
+        j->opts->unmapped(j->opts->arg, pos, -r);
+    *kind = COPY_DATA;
+    *plain = false;
+    *end = min_u64(j->length, pos + SALVAGE_SECTOR);
+    return 0;
+}
+
 static int need_run_co(struct copy_job *j, uint64_t pos) {
     if (pos < j->run_end)
         return 0;
-    int r = classify_co(j, pos, &j->run_kind, &j->run_end, &j->run_plain);
-    /* Damaged metadata under salvage: let the read find out where it hurts. */
-    if (r < 0 && j->opts->salvage && !j->opts->top_only && !j->opts->layers) {
-        j->run_kind = COPY_DATA;
-        j->run_plain = false;
-        j->run_end = min_u64(j->length, pos + COPY_CHUNK);
-        r = 0;
-    }
+    int r = answer_co(j, pos, &j->run_kind, &j->run_end, &j->run_plain);
     if (r < 0)
         return copy_fail(j, r, "reading the map of", j->src, pos);
     return 0;
@@ -196,7 +214,7 @@ uint64_t copy_estimate_co(struct copy_job *j) {
         uint64_t end;
         bool plain;
         /* Too scattered to count, or unreadable: take the rest for data, the copy will tell. */
-        if (i == ESTIMATE_RUNS_MAX || classify_co(j, pos, &kind, &end, &plain) < 0)
+        if (i == ESTIMATE_RUNS_MAX || answer_co(j, pos, &kind, &end, &plain) < 0)
             return total + (j->length - pos);
         if (kind == COPY_DATA || (kind == COPY_ZERO && !j->block))
             total += end - pos;

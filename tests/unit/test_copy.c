@@ -343,10 +343,10 @@ TASK_TEST(salvage_zeroes_only_unreadable_sectors) {
     s->fail_to = MIB + 9000;
     copy_ok(a, b, a->size, 0, &o);
     assert_int_equal(d.n, 1);
-    assert_int_equal(d.offset, MIB + 4096);
-    assert_int_equal(d.length, 8192);
+    assert_int_equal(d.offset, MIB + 4608);
+    assert_int_equal(d.length, 4608);
     s->fail_to = s->fail_from = 0;
-    memset(s->bytes + MIB + 4096, 0, 8192);
+    memset(s->bytes + MIB + 4608, 0, 4608);
     assert_same(a, 0, b, 0, a->size);
     node_unref_co(a);
     node_unref_co(b);
