@@ -23,7 +23,7 @@ packages=(
     # the peers that tests and bench compare with
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio python3-oslo.utils
     libvirt-daemon libvirt-clients bximage libvhdi-utils 7zip cloop-utils
-    mtools dosfstools
+    mtools dosfstools dmg2img libbz2-1.0 liblzma5
     # the guest of `run`, `make try` and its tests
     $qemu busybox-static cpio gzip e2fsprogs xfsprogs
     # test tools

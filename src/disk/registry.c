@@ -13,6 +13,7 @@
     X(vhdx)                                                                                        \
     X(bochs)                                                                                       \
     X(cloop)                                                                                       \
+    X(dmg)                                                                                         \
     X(qcow)                                                                                        \
     X(parallels)                                                                                   \
     X(qed)                                                                                         \
