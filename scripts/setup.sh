@@ -19,13 +19,13 @@ packages=(
     # compilers and build
     gcc libc6-dev clang libclang-rt-dev clang-format-14 meson ninja-build pkg-config
     # libraries
-    libnbd0 liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libcmocka-dev
+    libnbd0 liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libfuse3-dev libcmocka-dev
     # the peers that tests and bench compare with
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio python3-oslo.utils
     libvirt-daemon libvirt-clients bximage libvhdi-utils 7zip cloop-utils
     mtools dosfstools dmg2img libbz2-1.0 liblzma5
     # the guest of `run`, `make try` and its tests
-    $qemu busybox-static cpio gzip e2fsprogs xfsprogs
+    $qemu busybox-static cpio gzip e2fsprogs xfsprogs fuse3 fuse2fs fdisk
     # test tools
     python3 python3-pytest python3-pytest-xdist strace util-linux procps ca-certificates
 )

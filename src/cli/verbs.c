@@ -4,6 +4,7 @@
 #include "cli/cli.h"
 
 extern const struct verb verb_amend;
+extern const struct verb verb_attach;
 extern const struct verb verb_bench;
 extern const struct verb verb_bitmap;
 extern const struct verb verb_check;
@@ -12,16 +13,19 @@ extern const struct verb verb_compare;
 extern const struct verb verb_convert;
 extern const struct verb verb_create;
 extern const struct verb verb_dd;
+extern const struct verb verb_detach;
 extern const struct verb verb_help;
 extern const struct verb verb_info;
 extern const struct verb verb_io;
 extern const struct verb verb_map;
 extern const struct verb verb_measure;
+extern const struct verb verb_mount;
 extern const struct verb verb_rebase;
 extern const struct verb verb_resize;
 extern const struct verb verb_run;
 extern const struct verb verb_serve;
 extern const struct verb verb_snapshot;
+extern const struct verb verb_unmount;
 
 /* clang-format off */
 const struct verb *const verb_table[] = {
@@ -42,6 +46,10 @@ const struct verb *const verb_table[] = {
     &verb_bench,
     &verb_io,
     &verb_serve,
+    &verb_mount,
+    &verb_unmount,
+    &verb_attach,
+    &verb_detach,
     &verb_run,
     &verb_help,
     NULL,
