@@ -26,7 +26,7 @@ options() {
 }
 
 [ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session options {vdi,vpc,qed,qcow,parallels}_{image,ops} \
-    bochs_image cloop_image
+    bochs_image cloop_image dmg_image
 status=0
 mkdir -p build-fuzz/found
 for t; do

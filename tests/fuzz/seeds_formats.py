@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Seeds of the small formats: images of strata, of qemu-img and of the formats' own tools, and programs."""
+import base64
+import bz2
+import lzma
 import os
 import random
 import shutil
@@ -68,6 +71,40 @@ def cloop(content, block=4096):
         ">%dQ" % len(offsets), *offsets) + b"".join(codes)
 
 
+def dmg(pieces, old=False):
+    """UDIF: pieces are (type, sectors, code)."""
+    data, entries, sector = b"", b"", 0
+    for kind, sectors, code in pieces + [(0xffffffff, 0, b"")]:
+        entries += struct.pack(">IIQQQQ", kind, 0, sector, sectors, len(data), len(code))
+        data += code
+        sector += sectors
+    mish = struct.pack(">4sIQQQII", b"mish", 1, 0, sector, 0, 0, 0).ljust(200, b"\0")
+    mish += struct.pack(">I", len(pieces) + 1) + entries
+    if old:
+        meta = struct.pack(">5I", 16, 0, len(mish) + 4, 0, len(mish)) + mish
+    else:
+        meta = b"<plist><data>\n" + base64.b64encode(mish) + b"</data></plist>"
+    koly = bytearray(512)
+    struct.pack_into(">4s3I3Q", koly, 0, b"koly", 4, 512, 1, 0, 0, len(data))
+    struct.pack_into(">QQ", koly, 40 if old else 216, len(data), len(meta))
+    struct.pack_into(">I", koly, 60, 1)
+    struct.pack_into(">IQ", koly, 488, 1, sector)
+    return data + meta + bytes(koly)
+
+
+def all_codings():
+    text = b"what was said was said again, and then again " * 40
+    text = text[:1536]
+    lzvn = bytes([0xe5]) + b"abcde" + bytes([0x68, 5, 0x61]) + bytes(
+        [0xf0, 200] * 6 + [0xf0, 255] * 2 + [0xf0, 180])
+    return [(1, 3, text), (0, 9, b""), (0x80000005, 3, zlib.compress(text)),
+            (0x80000006, 3, bz2.compress(text)), (0x80000008, 3, lzma.compress(text)),
+            (0x80000004, 1, bytes([0x83]) + b"abcd" + bytes([0x7f, 0, 3] * 7 + [0x63, 0, 3])),
+            (0x80000007, 3, b"bvx-" + struct.pack("<I", 1536) + text + b"bvx$"),
+            (0x80000007, 4, b"bvxn" + struct.pack("<II", 2048, len(lzvn) + 8) + lzvn
+             + b"\6" + bytes(7) + b"bvx$"), (2, 5, b"")]
+
+
 def old_parallels():
     """The old magic: entries in sectors, the data where the table ends."""
     head = struct.pack("<16sIIIIIIIIIIQ", b"WithoutFreeSpace", 2, 16, 10, 8, 6, 48, 0, 0, 0, 0, 0)
@@ -101,6 +138,12 @@ def hand_made():
     yield "bochs", "small", bochs(content[:8192], 512)
     yield "cloop", "hand", cloop(content)
     yield "cloop", "large", cloop(content, 20480)
+    yield "dmg", "plist", dmg(all_codings())
+    yield "dmg", "fork", dmg(all_codings(), old=True)
+    lzfse = os.path.join(os.path.dirname(__file__), "../interop/lzfse")
+    for name, size in (("fse", 32768), ("lzvn", 2048)):
+        with open(os.path.join(lzfse, name), "rb") as f:
+            yield "dmg", name, dmg([(0x80000007, size // 512, f.read())])
     yield "parallels", "old", old_parallels()
     yield "vdi", "old", old_vdi()
 
