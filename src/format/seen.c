@@ -37,3 +37,19 @@ int seen_add(struct seen *s, uint64_t unit) {
     (*chunk)[in >> 6] |= bit;
     return met;
 }
+
+bool seen_has(const struct seen *s, uint64_t unit) {
+    const uint64_t *chunk = s->chunk[unit >> CHUNK_BITS];
+    uint64_t in = unit & ((UINT64_C(1) << CHUNK_BITS) - 1);
+    return chunk && chunk[in >> 6] >> (in & 63) & 1;
+}
+
+uint64_t seen_find_free(const struct seen *s, uint64_t from, uint64_t end, uint64_t want) {
+    uint64_t run = 0;
+    for (uint64_t at = from; at < end; at++) {
+        run = seen_has(s, at) ? 0 : run + 1;
+        if (run == want)
+            return at + 1 - want;
+    }
+    return end;
+}

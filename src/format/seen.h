@@ -7,6 +7,7 @@
 #ifndef STRATA_FORMAT_SEEN_H
 #define STRATA_FORMAT_SEEN_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,5 +22,9 @@ int seen_init(struct seen *s, uint64_t units);
 void seen_free(struct seen *s);
 /* 0: met for the first time; 1: it had been met.  -ENOMEM.  `unit` is below `units`. */
 int seen_add(struct seen *s, uint64_t unit);
+bool seen_has(const struct seen *s, uint64_t unit);
+/* The first run of `want` units from `from` on, below `end`, that have not been met; `end`: none.
+ */
+uint64_t seen_find_free(const struct seen *s, uint64_t from, uint64_t end, uint64_t want);
 
 #endif

@@ -6,6 +6,8 @@
  *   dirty    the dirty bit is set first; opening for writing repairs, here and in every state
  *   repair   no mark; `check -r all` repairs.  A state may still have the damage, but never more
  *            than it had before the repair, and the next repair finds everything to be whole
+ *   repair-vdi, -qed, -parallels   the same of a map without counts: two entries name one cluster,
+ *            and the other one's room is lost; copies, moves and the new end are cut at any point
  *
  * The damage is done below the format, recorded like everything else, and changes nothing that a
  * guest reads: two clusters with the same content may become one.
@@ -73,9 +75,13 @@ static void close_over_twins(struct lab *l, uint64_t cluster, uint64_t *guest) {
     l->disk = NULL;
 }
 
+static const char *format_of(const struct lab *l) {
+    return l->w->format ? l->w->format : "qcow2";
+}
+
 static void open_again(struct lab *l) {
     struct err e AUTO_ERR = ERR_INIT;
-    lab_must(lab_open_co(0, "qcow2", NULL, OPEN_RW, &l->disk, &e), &e,
+    lab_must(lab_open_co(0, format_of(l), NULL, OPEN_RW, &l->disk, &e), &e,
              "opening the repaired image");
 }
 
@@ -107,7 +113,7 @@ static void check(struct lab *l, unsigned fix, struct check_result *r) {
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n;
     *r = (struct check_result){.fix = fix};
-    lab_must(lab_open_co(0, "qcow2", NULL, OPEN_CHECK | (fix ? OPEN_RW : 0), &n, &e), &e,
+    lab_must(lab_open_co(0, format_of(l), NULL, OPEN_CHECK | (fix ? OPEN_RW : 0), &n, &e), &e,
              "opening to check");
     lab_must(n->drv->format->check_co(n, r, &e), &e, "check");
     node_unref_co(n);
@@ -151,6 +157,48 @@ static int repair_state_co(struct lab_state *st) {
     return 0;
 }
 
+/* ---------------------------------------------------------------- maps without counts */
+
+static uint64_t get_le(struct node *n, uint64_t at, unsigned bytes) {
+    uint8_t b[8] = {0};
+    lab_must(disk_pread_co(n, at, b, bytes), NULL, "reading below the format");
+    return le64_load(b);
+}
+
+/* Where the entry of the cluster `i` lies, and how long it is. */
+static uint64_t map_entry(struct lab *l, struct node *n, uint64_t i, unsigned *bytes) {
+    *bytes = strcmp(format_of(l), "qed") ? 4 : 8;
+    if (*bytes == 8) {
+        uint64_t table = 4096 / 8;
+        return get_le(n, get_le(n, 40, 8) + i / table * 8, 8) + i % table * 8;
+    }
+    return (strcmp(format_of(l), "vdi") ? 64 : get_le(n, 340, 4)) + i * 4;
+}
+
+static void share_and_repair(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct check_result r;
+    struct node *n;
+    uint64_t guest, twin;
+    unsigned bytes;
+    uint8_t b[8];
+    close_over_twins(l, 4096, &guest);
+    lab_must(lab_open_co(0, "raw", NULL, OPEN_RW, &n, &e), &e, "opening below the format");
+    uint64_t one = map_entry(l, n, guest / 4096, &bytes);
+    le64_store(b, get_le(n, one, bytes));
+    twin = map_entry(l, n, guest / 4096 + 1, &bytes);
+    lab_must(disk_pwrite_co(n, twin, b, bytes), NULL, "writing below the format");
+    lab_must(disk_flush_co(n), NULL, "flush");
+    node_unref_co(n);
+    check(l, 0, &r);
+    *most_of(l) = r.corruptions > *most_of(l) ? r.corruptions : *most_of(l);
+    check(l, CHECK_FIX_LEAKS | CHECK_FIX_ERRORS, &r);
+    lab_must(r.corruptions + r.check_errors ? -1 : 0, NULL, "what a repair leaves");
+    open_again(l);
+}
+
+static const struct lab_op share_ops[] = {{"repair", 3, true, share_and_repair}, {NULL}};
+
 static const struct lab_op repair_ops[] = {{"repair", 2, true, damage_and_repair}, {NULL}};
 
 const struct workload repair_workloads[] = {
@@ -176,5 +224,37 @@ const struct workload repair_workloads[] = {
      .ops = repair_ops,
      .mend_co = repair_state_co,
      .plants = "REBUILD_NAMED_EARLY"},
+    {.name = "repair-vdi",
+     .options = "block_size=4k",
+     .format = "vdi",
+     .size = 2 * MIB,
+     .requests = 40,
+     .flush = 12,
+     .fua = 3,
+     .max_blocks = 40,
+     .ops = share_ops,
+     .mend_co = repair_state_co},
+    {.name = "repair-qed",
+     .options = "cluster_size=4k,table_size=1",
+     .format = "qed",
+     .size = 2 * MIB,
+     .requests = 40,
+     .flush = 12,
+     .fua = 3,
+     .max_blocks = 40,
+     .ops = share_ops,
+     .mend_co = repair_state_co,
+     .plants = "MOVED_DATA_LATE"},
+    {.name = "repair-parallels",
+     .options = "cluster_size=4k",
+     .format = "parallels",
+     .size = 2 * MIB,
+     .requests = 40,
+     .flush = 12,
+     .fua = 3,
+     .max_blocks = 40,
+     .ops = share_ops,
+     .mend_co = repair_state_co,
+     .plants = "MOVED_DATA_LATE"},
     {0},
 };

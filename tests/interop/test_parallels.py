@@ -88,21 +88,13 @@ def test_the_image_is_marked_while_it_is_written_and_not_after(run, strata, imag
     assert in_use(image) == 0
 
 
-def test_a_damaged_image_that_was_not_closed_is_refused_for_writing(run, image):
-    patch(image, 44, IN_USE)
-    patch(image, 64, 1000)
-    assert "not closed cleanly" in run("io", "-c", "write 0 1k", image, status=1).stderr
-    run("io", "-r", "-c", "read -q -P 5 3M 2M", image)
-
-
 def test_a_table_entry_outside_the_file_or_named_twice_is_found(run, peer, image):
     entry = struct.unpack_from("<10I", image.read_bytes(), 64)[3]
     for value in (1000, entry):
-        assert "cannot be repaired" in run("check", "-r", "all", image, status=63).stderr
         patch(image, 64, value)
         p = run("check", image, status=2)
         assert ("names a cluster at" if value == 1000 else "another entry names") in p.stderr
-        assert "check -r" not in p.stdout
+        assert "check -r all" in p.stdout
 
 
 def test_a_tail_that_no_cluster_uses_is_a_leak(run, peer, image):

@@ -40,11 +40,6 @@ static int l2_table_co(struct qed *s, uint64_t offset, uint64_t *table) {
     return *table && !qed_inside(s, *table, s->table_bytes) ? -EIO : 0;
 }
 
-/* Data clusters may end behind the end of the file, not begin there. */
-static bool data_is_sane(const struct qed *s, uint64_t entry) {
-    return entry < s->file->size && qed_inside(s, entry, 0);
-}
-
 int qed_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out) {
     struct qed *s = qed_of(n);
     uint64_t cs = s->h.cluster_size, in = offset & (cs - 1), table;
@@ -65,11 +60,11 @@ int qed_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *
         return r;
     uint64_t first = le64_load(at);
     bool data = first > QED_ENTRY_ZERO;
-    if (data && !data_is_sane(s, first))
+    if (data && !qed_data_inside(s, first))
         return -EIO;
     while (run < left && run * cs < in + length) {
         uint64_t next = le64_load(at + (size_t)run * 8);
-        if (data ? next != first + run * cs || !data_is_sane(s, next) : next != first)
+        if (data ? next != first + run * cs || !qed_data_inside(s, next) : next != first)
             break;
         run++;
     }

@@ -136,13 +136,13 @@ static int open_header_co(struct node *n, struct err *e) {
     return 0;
 }
 
-/* What other writers left unfinished is examined before the first write. */
+/* What other writers left unfinished is repaired before the first write. */
 static int become_writable_co(struct node *n, struct err *e) {
     struct qed *s = qed_of(n);
     if (!(s->h.features & QED_NEED_CHECK) && !s->h.autoclear)
         return 0;
     if (s->h.features & QED_NEED_CHECK) {
-        struct check_result found = {0};
+        struct check_result found = {.fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS};
         int r = qed_check_co(n, &found, e);
         if (r < 0)
             return r;
@@ -224,6 +224,7 @@ static const struct format_ops qed_format = {
     .flush_co = qed_flush_co,
     .set_backing_co = qed_set_backing_co,
     .empty_co = qed_empty_co,
+    .repairs = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS,
     .check_co = qed_check_co,
     .describe = qed_describe,
     .measure = qed_measure,

@@ -86,6 +86,11 @@ static inline bool qed_inside(const struct qed *s, uint64_t offset, uint64_t byt
            bytes <= s->file->size - offset;
 }
 
+/* A data cluster: it may end behind the end of the file, not begin there. */
+static inline bool qed_data_inside(const struct qed *s, uint64_t entry) {
+    return entry < s->file->size && qed_inside(s, entry, 0);
+}
+
 /* ---- open.c ---- */
 int qed_header_write_co(struct qed *s);
 

@@ -12,6 +12,7 @@
 #include "base/ck.h"
 #include "disk/io.h"
 #include "format/problem.h"
+#include "format/repair.h"
 #include "format/seen.h"
 #include "format/vdi/vdi.h"
 
@@ -27,7 +28,7 @@ struct walk {
 static int check_entry(struct walk *w, uint32_t block, uint32_t index) {
     if (index >= VDI_ZERO)
         return 0;
-    if (index >= w->seen.units) {
+    if (!vdi_block_is_sane(w->s, index) || index >= w->seen.units) {
         problem_corruption(w->r,
                            "map entry %" PRIu32 " names block %" PRIu32 ", the file holds %" PRIu64,
                            block, index, w->seen.units);
@@ -65,14 +66,10 @@ static int walk_map_co(struct walk *w) {
     return r;
 }
 
-int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
+static int look_co(struct node *n, struct check_result *r, struct err *e) {
     struct vdi *s = vdi_of(n);
-    if (r->fix)
-        return err_set(e, ENOTSUP, "images of format 'vdi' cannot be repaired");
-    uint64_t room = s->file->size > s->h.data_offset ? s->file->size - s->h.data_offset : 0;
     struct walk w = {.s = s, .r = r};
-    int rc = seen_init(
-        &w.seen, min_u64(div_up(room, (uint64_t)s->h.block_size + s->h.extra), VDI_BLOCKS_MAX));
+    int rc = seen_init(&w.seen, vdi_blocks_in_file(s));
     if (!rc)
         rc = walk_map_co(&w);
     seen_free(&w.seen);
@@ -90,4 +87,9 @@ int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
                       s->h.allocated);
     }
     return 0;
+}
+
+int vdi_check_co(struct node *n, struct check_result *r, struct err *e) {
+    static const struct repair_ops ops = {look_co, vdi_repair_errors_co, vdi_repair_leaks_co};
+    return repair_run_co(n, &ops, r, e);
 }

@@ -11,6 +11,7 @@
 #include "base/plant.h"
 #include "disk/io.h"
 #include "format/in_place.h"
+#include "format/seen.h"
 #include "format/vdi/vdi.h"
 
 #define SCAN_BYTES ((uint32_t)MIB)
@@ -28,11 +29,6 @@ static int map_page_co(struct vdi *s, uint32_t block, struct page **page, uint8_
     return 0;
 }
 
-/* A block that lies in the file, as far as its length tells. */
-static bool block_is_sane(const struct vdi *s, uint32_t index) {
-    return index < VDI_BLOCKS_MAX && vdi_host(&s->h, index) < s->file->size;
-}
-
 int vdi_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out) {
     struct vdi *s = vdi_of(n);
     uint32_t bs = s->h.block_size, in = offset % bs, left;
@@ -43,11 +39,11 @@ int vdi_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *
         return r;
     uint32_t first = le32_load(at), run = 1;
     bool data = first < VDI_ZERO;
-    if (data && !block_is_sane(s, first))
+    if (data && !vdi_block_is_sane(s, first))
         return -EIO;
     while (run < left && (uint64_t)run * bs < in + length) {
         uint32_t next = le32_load(at + run * 4);
-        if (data ? s->h.extra || next != first + run || !block_is_sane(s, next) : next != first)
+        if (data ? s->h.extra || next != first + run || !vdi_block_is_sane(s, next) : next != first)
             break;
         run++;
     }
@@ -67,48 +63,70 @@ int vdi_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *
 
 /* ---------------------------------------------------------------- room */
 
-/*
- * The first index behind all that the map names.  The header's count tells it, unless whoever wrote
- * the image last was stopped between the map and the count.
- */
-static int scan_co(struct vdi *s) {
-    uint32_t per = SCAN_BYTES / 4, next = s->h.allocated;
+#define SPARES_MAX 4096 /* runs of unused blocks that are remembered */
+
+static void give_blocks(struct vdi *s, uint32_t index, uint32_t count);
+
+/* Unused blocks below `next`: what a crash, or another writer, has left behind. */
+static void note_spares(struct vdi *s, const struct seen *named) {
+    for (uint64_t at = 0; s->spare_count < SPARES_MAX;) {
+        uint64_t first = seen_find_free(named, at, s->next, 1), end = first;
+        if (first >= s->next)
+            return;
+        while (end < s->next && !seen_has(named, end))
+            end++;
+        give_blocks(s, (uint32_t)first, (uint32_t)(end - first));
+        at = end;
+    }
+}
+
+/* The header's count may be of a writer who was stopped: the map says what is in use. */
+int vdi_scan_co(struct vdi *s) {
+    uint32_t per = SCAN_BYTES / 4, next = 0;
     uint8_t *buf = buf_get(SCAN_BYTES);
-    int r = buf ? 0 : -ENOMEM;
+    struct seen named = {0};
+    int r = buf ? seen_init(&named, VDI_BLOCKS_MAX) : -ENOMEM;
     for (uint32_t block = 0; !r && block < s->h.blocks; block += per) {
         uint32_t count = (uint32_t)min_u64(per, s->h.blocks - block);
         r = disk_pread_co(s->file, s->h.map_offset + (uint64_t)block * 4, buf, count * 4);
         for (uint32_t i = 0; !r && i < count; i++) {
             uint32_t index = le32_load(buf + i * 4);
-            if (index < VDI_ZERO && index >= next && block_is_sane(s, index))
-                next = index + 1;
+            if (!vdi_block_is_sane(s, index))
+                continue;
+            next = (uint32_t)max_u64(next, index + 1);
+            r = seen_add(&named, index) < 0 ? -ENOMEM : 0;
         }
     }
     buf_put(buf, SCAN_BYTES);
+    s->spare_count = 0;
     if (!r) {
         s->next = next;
+        note_spares(s, &named);
         s->scanned = true;
     }
+    seen_free(&named);
     return r;
 }
 
-/* Up to `want` consecutive blocks that nothing names. */
+/* Up to `want` consecutive blocks that nothing names.  No more places than blocks: other readers
+ * refuse a header that counts more. */
 static int take_blocks_co(struct vdi *s, uint32_t want, uint32_t *index, uint32_t *got) {
     int r = 0;
     task_mutex_lock_co(&s->alloc_lock);
     if (!s->scanned)
-        r = scan_co(s);
+        r = vdi_scan_co(s);
     if (!r && s->spare_count) {
         struct vdi_spare *spare = &s->spares[s->spare_count - 1];
         *got = (uint32_t)min_u64(want, spare->count);
         *index = spare->index + spare->count - *got;
         spare->count -= *got;
         s->spare_count -= !spare->count;
-    } else if (!r && (s->next >= VDI_BLOCKS_MAX ||
-                      vdi_host(&s->h, s->next + want) > (uint64_t)INT64_MAX)) {
+    } else if (!r && s->next >= s->h.blocks) {
+        r = -EIO; /* damage: two entries name one block, or one behind the others */
+    } else if (!r && vdi_host(&s->h, s->next + want) > (uint64_t)INT64_MAX) {
         r = -EFBIG;
     } else if (!r) {
-        *got = (uint32_t)min_u64(want, VDI_BLOCKS_MAX - s->next);
+        *got = (uint32_t)min_u64(want, s->h.blocks - s->next);
         *index = s->next;
         s->next += *got;
     }
@@ -227,8 +245,7 @@ int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned z
 
 /* ---------------------------------------------------------------- write-back */
 
-/* The header counts `count` blocks, and the file is long enough for them. */
-static int write_count_co(struct vdi *s, uint32_t count) {
+int vdi_write_count_co(struct vdi *s, uint32_t count) {
     if (!s->modified && s->h.version == VDI_VERSION_1) {
         uint8_t *id = s->header + VDI_AT_UUID_MODIFIED;
         if (getrandom(id, 16, 0) != 16)
@@ -259,7 +276,7 @@ int vdi_flush_co(struct node *n) {
     int r = pages_take(&s->pages, 0, &b);
     bool counted = s->modified && count <= s->stored_count;
     if (!r && b.count && !counted && !PLANTED(VDI_COUNT_LAST))
-        r = write_count_co(s, count);
+        r = vdi_write_count_co(s, count);
     if (!r && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = disk_flush_co(s->file);
     if (r < 0 || !b.count) {
@@ -267,7 +284,7 @@ int vdi_flush_co(struct node *n) {
     } else {
         r = pages_write_co(&s->pages, &b);
         if (!r && PLANTED(VDI_COUNT_LAST))
-            r = write_count_co(s, count);
+            r = vdi_write_count_co(s, count);
         if (!r && !PLANTED(NO_LAST_BARRIER))
             r = disk_flush_co(s->file);
     }

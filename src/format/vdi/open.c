@@ -247,6 +247,7 @@ static const struct format_ops vdi_format = {
     .reach_co = vdi_reach_co,
     .resize_co = vdi_resize_co,
     .flush_co = vdi_flush_co,
+    .repairs = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS,
     .check_co = vdi_check_co,
     .describe = vdi_describe,
     .measure = vdi_measure,

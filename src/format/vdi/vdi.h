@@ -110,6 +110,11 @@ static inline uint64_t vdi_host(const struct vdi_header *h, uint32_t index) {
     return h->data_offset + (uint64_t)index * ((uint64_t)h->extra + h->block_size) + h->extra;
 }
 
+/* A block that lies in the file, as far as its length tells: the last one may be cut. */
+static inline bool vdi_block_is_sane(const struct vdi *s, uint32_t index) {
+    return index < VDI_BLOCKS_MAX && vdi_host(&s->h, index) < s->file->size;
+}
+
 /* ---- map.c ---- */
 int vdi_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
 int vdi_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flags,
@@ -118,6 +123,10 @@ int vdi_publish_co(struct node *n, const struct placement *p);
 void vdi_abandon(struct node *n, const struct placement *p);
 int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
 int vdi_flush_co(struct node *n);
+/* Finds `next`, the first index behind all that the map names. */
+int vdi_scan_co(struct vdi *s);
+/* The header counts `count` blocks at least, and the file is long enough for them. */
+int vdi_write_count_co(struct vdi *s, uint32_t count);
 
 /* ---- create.c ---- */
 struct vdi_create_opts {
@@ -135,5 +144,10 @@ int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 
 /* ---- check.c ---- */
 int vdi_check_co(struct node *n, struct check_result *r, struct err *e);
+
+/* ---- repair.c ---- */
+uint32_t vdi_blocks_in_file(const struct vdi *s); /* the last one perhaps in part */
+int vdi_repair_errors_co(struct node *n, struct err *e);
+int vdi_repair_leaks_co(struct node *n, struct err *e);
 
 #endif
