@@ -150,7 +150,7 @@ static const struct lab_op keeping[] = {{"keep", 1, true, keep}, {NULL}};
 
 const struct workload chain_workloads[] = {
     {.name = "resize",
-     .plants = "RESIZE_NAMES_L1_EARLY L1_BEFORE_L2",
+     .plants = "RESIZE_NAMES_L1_EARLY",
      .options = "cluster_size=512",
      .size = 1600 * KIB,
      .requests = 70,

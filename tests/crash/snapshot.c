@@ -9,10 +9,12 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/ck.h"
 #include "base/cleanup.h"
 #include "disk/snapshot.h"
+#include "format/qcow2/snapshot.h"
 #include "workloads.h"
 
 #define SNAPSHOTS_MAX 4u
@@ -77,6 +79,40 @@ static void resize(struct lab *l) {
                PREALLOC_OFF);
 }
 
+/* Up to version 3 and down again, among snapshots. */
+static void change_version(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct amend_ctx ctx = {0};
+    json_t *o = json_pack("{s:s}", "compat", qcow2_of(l->disk)->h.version < 3 ? "1.1" : "0.10");
+    lab_must(disk_amend_co(l->disk, o, &ctx, &e), &e, "amend");
+    json_decref(o);
+    lab_must(disk_flush_co(l->disk), NULL, "flush");
+}
+
+/*
+ * The snapshot table of a version 2 image as old programs write it, without extra data: in one
+ * sector, where the complete one is.
+ */
+static void shorten(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct qcow2 *s = qcow2_of(l->disk);
+    AUTO_QCOW2_SNAPSHOTS struct qcow2_snapshots t = {0};
+    uint8_t sector[512] = {0};
+    size_t at = 0;
+    lab_must(qcow2_snapshots_load_co(s, &t, &e), &e, "snapshots");
+    if (s->h.version >= 3 || !t.count)
+        return;
+    for (uint32_t i = 0; i < t.count; i++) {
+        const struct qcow2_snapshot *x = &t.v[i];
+        memcpy(sector + at, x->raw, QCOW2_SNAPSHOT_FIXED);
+        be32_store(sector + at + 36, 0);
+        memcpy(sector + at + QCOW2_SNAPSHOT_FIXED, x->id, x->id_length + x->name_length);
+        at = align_up(at + QCOW2_SNAPSHOT_FIXED + x->id_length + x->name_length, 8);
+    }
+    lab_must(disk_pwrite_co(s->file, s->h.snapshots_offset, sector, sizeof(sector)), NULL, "write");
+    lab_must(disk_flush_co(s->file), NULL, "flush");
+}
+
 static int judge_snapshots_co(struct lab_state *st) {
     struct err e AUTO_ERR = ERR_INIT;
     AUTO_SNAPSHOTS struct snapshot_list list = {0};
@@ -106,6 +142,11 @@ static const struct lab_op with_sizes[] = {{"create", 3, true, create},
                                            {"resize", 3, true, resize},
                                            {NULL}};
 
+static const struct lab_op versions[] = {
+    {"create", 2, true, create},     {"apply", 1, true, apply},
+    {"delete", 1, true, delete_one}, {"version", 4, true, change_version},
+    {"shorten", 6, true, shorten},   {NULL}};
+
 #define SNAPSHOTS                                                                                  \
     .flush = 8, .fua = 3, .zero = 6, .discard = 8, .ops = ops, .judge_co = judge_snapshots_co
 
@@ -121,7 +162,7 @@ const struct workload snapshot_workloads[] = {
      .span = MIB,
      SNAPSHOTS},
     {.name = "snapshot-512",
-     .plants = "SHIFT_NAMED_EARLY SHIFT_NO_LAST_BARRIER",
+     .plants = "SHIFT_NAMED_EARLY SHIFT_NO_LAST_BARRIER L1_BEFORE_L2",
      .options = "cluster_size=512",
      .size = MIB,
      .requests = 40,
@@ -144,6 +185,20 @@ const struct workload snapshot_workloads[] = {
      .max_blocks = 40,
      .span = MIB,
      SNAPSHOTS},
+    {.name = "snapshot-versions",
+     .options = "cluster_size=4k,compat=0.10",
+     .size = 2 * MIB,
+     .requests = 60,
+     .coded = 5,
+     .max_blocks = 40,
+     .flush = 8,
+     .fua = 3,
+     .zero = 6,
+     .discard = 8,
+     .span = MIB,
+     .ops = versions,
+     .judge_co = judge_snapshots_co,
+     .plants = "SNAPSHOTS_NAMED_EARLY"},
     {.name = "snapshot-sizes",
      .options = "cluster_size=4k,refcount_bits=64",
      .size = 2 * MIB,

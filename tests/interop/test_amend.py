@@ -414,3 +414,43 @@ def _limit(kib):
     import signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kib * KIB, kib * KIB))
+
+
+def shorten(path, keep):
+    """The snapshot table as old programs wrote it: `keep` bytes of extra data, without the size of the disk."""
+    with open(path, "r+b") as f:
+        head = f.read(72)
+        count, at = struct.unpack(">IQ", head[60:72])
+        f.seek(at)
+        old, new, pos = f.read(4096), b"", 0
+        for _ in range(count):
+            id_len, name_len, extra = (*struct.unpack(">HH", old[pos + 12:pos + 16]),
+                                       *struct.unpack(">I", old[pos + 36:pos + 40]))
+            entry = old[pos:pos + 36] + struct.pack(">I", keep) + old[pos + 40:pos + 40 + keep]
+            entry += old[pos + 40 + extra:pos + 40 + extra + id_len + name_len]
+            new += entry + bytes(-len(entry) % 8)
+            pos += -(-(40 + extra + id_len + name_len) // 8) * 8
+        f.seek(at)
+        f.write(new.ljust(pos, b"\0"))
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+def test_entries_of_snapshots_without_the_disks_size_get_it(tmp_path, peer, run, keep):
+    """Version 3 wants it in each; what they meant was the size at that moment, whatever comes later."""
+    size, path = 6 * MIB, tmp_path / "a.qcow2"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10,cluster_size=4k", path, size)
+    for i in range(3):
+        fill(peer, path, size, 20 + i, 15)
+        peer("qemu-img", "snapshot", "-c", f"s{i}", path)
+    shorten(path, keep)
+    before = contents(peer, path, tmp_path)
+    run("amend", "-f", "qcow2", "-o", "compat=1.1,size=8M", path)
+    assert specific(peer, path)["compat"] == "1.1"
+    clean(peer, run, path)
+    after = contents(peer, path, tmp_path)
+    assert [a.ljust(8 * MIB, b"\0") for a in after] == [b + bytes(2 * MIB) for b in before]
+    run("snapshot", "-a", "s1", path)
+    assert raw_of(peer, path, tmp_path / "raw") == before[2] and info(peer, path)["virtual-size"] == size
+    peer("qemu-img", "snapshot", "-a", "s0", path)
+    assert raw_of(peer, path, tmp_path / "raw") == before[1]
+    clean(peer, run, path)

@@ -5,7 +5,8 @@
  * First everything is judged, without a write; then the changes are made in an order in which each
  * finds what it needs, and each of them survives a crash by itself:
  *
- *  1. header:    version 3, lazy reference counts, data file, backing file (one rewrite)
+ *  1. header:    version 3 (amend_snapshots.c: with entries of snapshots for it), lazy reference
+ *                counts, data file, backing file (one rewrite)
  *  2. counts:    another width (amend_counts.c); needs version 3
  *  3. size:      through the engine, as resize
  *  4. version 2: zero clusters become holes or data (amend_zero.c), then the header
@@ -18,6 +19,7 @@
  */
 #include "format/codec.h"
 #include "format/qcow2/amend.h"
+#include "format/qcow2/snapshot.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -67,6 +69,7 @@ struct change {
     uint32_t version, order;
     uint64_t size;
     bool lazy, raw;
+    bool short_entries; /* snapshots without their disk size: version 3 wants it */
 };
 
 void qcow2_amend_step(struct qcow2_amend_progress *p, uint64_t by) {
@@ -105,7 +108,7 @@ static int judge_names(const struct change *c, struct err *e) {
     return 0;
 }
 
-static int judge_snapshots_co(const struct change *c, struct err *e) {
+static int judge_snapshots_co(struct change *c, struct err *e) {
     struct qcow2 *s = c->s;
     uint64_t at = s->h.snapshots_offset;
     bool down = c->version<s->h.version, up = c->version> s->h.version;
@@ -120,11 +123,7 @@ static int judge_snapshots_co(const struct change *c, struct err *e) {
                            " bytes is of another size than the disk of %" PRIu64
                            " bytes, which version 2 cannot hold",
                            i + 1, x.disk_size, c->size);
-        if (up && x.extra < 16)
-            return err_set(e, ENOTSUP,
-                           "internal snapshot %" PRIu32
-                           " has an entry of an old form, without the size of its disk",
-                           i + 1);
+        c->short_entries |= up && x.extra < QCOW2_SNAPSHOT_EXTRA_SIZE;
     }
     return 0;
 }
@@ -218,6 +217,7 @@ static void set_bit(uint64_t *features, uint64_t bit, bool on) {
 static int change_header_co(const struct change *c, struct err *e) {
     struct qcow2 *s = c->s;
     struct qcow2_header old = s->h;
+    struct qcow2_amend_table table = {0};
     bool named = c->o->data_file && !same_text(c->o->data_file, s->h.data_file);
     if (c->version > s->h.version) {
         s->h.version = c->version;
@@ -234,8 +234,12 @@ static int change_header_co(const struct change *c, struct err *e) {
         s->h.data_file = *c->o->data_file ? xstrdup(c->o->data_file) : NULL;
     bool same = !named && old.version == s->h.version && old.compatible == s->h.compatible &&
                 old.autoclear == s->h.autoclear;
-    int r = same ? 0 : qcow2_header_write_co(s, e);
-    if (r < 0) {
+    int r = c->short_entries ? qcow2_amend_table_co(s, &table, e) : 0;
+    if (!r && !same)
+        r = qcow2_header_write_co(s, e);
+    if (!r)
+        qcow2_amend_table_done_co(s, &table);
+    if (r < 0) { /* which header storage has is not known: a new snapshot table stays counted */
         if (named)
             free(s->h.data_file);
         if (s->h.feature_table != old.feature_table)

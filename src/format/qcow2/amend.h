@@ -33,4 +33,13 @@ int qcow2_find_coded_co(struct qcow2 *s, bool *coded, struct err *e);
 /* Clusters with the zero flag become holes or data, in snapshots too; stable on return. */
 int qcow2_expand_zeros_co(struct qcow2 *s, struct qcow2_amend_progress *p, struct err *e);
 
+/* ---- amend_snapshots.c; nothing is dirty ---- */
+struct qcow2_amend_table {
+    uint64_t old_host, old_bytes, host; /* host 0: no other table */
+};
+/* A complete snapshot table, stable; s->h names it, and the caller writes that. */
+int qcow2_amend_table_co(struct qcow2 *s, struct qcow2_amend_table *t, struct err *e);
+/* The header names it: the old one's clusters are given back. */
+void qcow2_amend_table_done_co(struct qcow2 *s, const struct qcow2_amend_table *t);
+
 #endif

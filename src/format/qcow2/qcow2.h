@@ -16,7 +16,8 @@
  *      cut.c        dropping all mappings behind an offset
  *      flush.c      the ordered write-back of everything dirty
  *      resize.c     growth, shrinking
- *      amend.c      other options for an image: version, widths; amend_counts.c, amend_zero.c
+ *      amend.c      other options for an image: version, widths; amend_counts.c, amend_snapshots.c,
+ *                   amend_zero.c
  *      marks.c      the dirty and corrupt bits
  *      check*.c counts.c repair*.c
  *      snapshot.c   internal snapshots (snapshot.h), by way of shift.c: new tables in one step
