@@ -19,9 +19,9 @@ packages=(
     # compilers and build
     gcc libc6-dev clang libclang-rt-dev clang-format-14 meson ninja-build pkg-config
     # libraries
-    libnbd0 liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libfuse3-dev libcmocka-dev
+    libnbd0 libgnutls28-dev liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libfuse3-dev libcmocka-dev
     # the peers that tests and bench compare with
-    qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev fio python3-oslo.utils
+    qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev gnutls-bin fio python3-oslo.utils
     libvirt-daemon libvirt-clients bximage libvhdi-utils 7zip cloop-utils
     mtools dosfstools dmg2img libbz2-1.0 liblzma5
     # the guest of `run`, `make try` and its tests

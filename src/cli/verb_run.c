@@ -31,6 +31,7 @@
 #include "base/bytes.h"
 #include "base/size.h"
 #include "cli/cli.h"
+#include "control/control.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
@@ -52,7 +53,7 @@ struct args {
     const char *memory;
     uint64_t smp;
     int accel;
-    const char *cdrom, *boot, *kernel, *initrd, *append, *vnc, *qemu;
+    const char *cdrom, *boot, *kernel, *initrd, *append, *vnc, *qemu, *control;
 };
 
 static const struct cli_opt opts[] = {
@@ -65,7 +66,7 @@ static const struct cli_opt opts[] = {
     CLI_LIST(struct args, keep, 0, "keep", "FILE",
              "with --snapshot: save the changes as a qcow2 overlay; once for each disk, in order"),
     CLI_STR(struct args, scratch, 0, "scratch", "DIR",
-            "folder of the temporary overlay; $TMPDIR, else /var/tmp"),
+            "folder of the temporary overlay ($TMPDIR, else /var/tmp), or memory:SIZE"),
     CLI_SIZE(struct args, scratch_size, 0, "scratch-size", "SIZE", 0, 0, INT64_MAX,
              "the most space that the overlay of each disk may use; 0 is no limit"),
     CLI_IMAGE_ROWS(struct args, image),
@@ -88,6 +89,8 @@ static const struct cli_opt opts[] = {
     CLI_LIST(struct args, forward, 0, "forward", "[ADDR:]HOST:GUEST",
              "make the guest's TCP port GUEST reachable at the host's port HOST"),
     CLI_FLAG(struct args, no_net, 0, "no-net", "no network card"),
+    CLI_STR(struct args, control, 0, "control", "SOCKET",
+            "take commands on this unix socket; see strata ctl.  The disks are disk0, disk1 ..."),
     CLI_STR(struct args, qemu, 0, "qemu", "PROGRAM",
             "the QEMU to start instead of the installed one"),
     CLI_QUIET_ROW(struct args, quiet),
@@ -95,7 +98,7 @@ static const struct cli_opt opts[] = {
 
 struct disk {
     const char *name; /* as the user gave it */
-    struct node *node;
+    struct control_disk d;
     struct nbd_server *server;
     int guest_fd; /* QEMU's end, ours to close; -1 none */
     bool cdrom;
@@ -108,6 +111,8 @@ struct run {
     unsigned ndisks;
     struct vm_forward forwards[VM_FORWARDS_MAX];
     uint64_t memory;
+    struct control_disk *control_disks[VM_DRIVES_MAX];
+    struct control *control;
     struct vm *vm;
     int signo; /* first signal that asked us to stop; 0 none */
     bool ended;
@@ -176,24 +181,25 @@ static int open_disk_co(struct run *r, const char *name, bool cdrom) {
     int fds[2], ret;
 
     *d = (struct disk){.name = name, .cdrom = cdrom, .guest_fd = -1};
+    d->d.name = cdrom ? xstrdup("cdrom") : xasprintf("disk%u", r->ndisks - 1);
+    r->control_disks[r->ndisks - 1] = &d->d;
     if (cdrom)
         image = (struct cli_image){.format = "raw", .cache = a->image.cache};
-    ret = cli_open_co(ctx, name, &image, flags, &d->node);
+    ret = cli_open_co(ctx, name, &image, flags, &d->d.node);
     if (ret < 0)
         return ret;
     if (a->snapshot && !cdrom) {
-        struct overlay_opts oo = {.scratch_dir = a->scratch, .scratch_size = a->scratch_size};
-        struct node *overlay;
-        ret = overlay_create_co(d->node, &oo, &overlay, &ctx->err);
+        d->d.scratch = (struct overlay_opts){a->scratch, a->scratch_size};
+        ret = control_disk_snapshot_co(&d->d, &ctx->err);
         if (ret < 0)
             return ret;
-        d->node = overlay;
     }
 
-    struct nbd_server_opts so = {.export = {.name = "", .node = d->node, .read_only = cdrom},
-                                 .max_clients = 1,
-                                 .handshake_timeout_ns = HANDSHAKE_NS};
+    struct nbd_server_opts so = {.max_clients = 1, .handshake_timeout_ns = HANDSHAKE_NS};
+    struct nbd_export_opts x = {.name = "", .node = d->d.node, .read_only = cdrom};
     ret = nbd_server_new(ctx->loop, &so, &d->server, &ctx->err);
+    if (ret == 0)
+        ret = nbd_server_add(d->server, &x, &d->d.export, &ctx->err);
     if (ret < 0)
         return ret;
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
@@ -203,7 +209,15 @@ static int open_disk_co(struct run *r, const char *name, bool cdrom) {
     return nbd_server_attach(d->server, fds[0], &ctx->err);
 }
 
+static int start_control(struct run *r) {
+    struct control_opts o = {.program = "run", .disks = r->control_disks, .ndisks = r->ndisks};
+    return r->a->control ? control_start(r->ctx->loop, r->a->control, &o, &r->control, &r->ctx->err)
+                         : 0;
+}
+
 static void stop_servers_co(struct run *r) {
+    control_stop_co(r->control);
+    r->control = NULL;
     for (unsigned i = 0; i < r->ndisks; i++) {
         struct disk *d = &r->disks[i];
         if (d->guest_fd >= 0)
@@ -211,6 +225,7 @@ static void stop_servers_co(struct run *r) {
         d->guest_fd = -1;
         if (d->server) {
             nbd_server_stop_co(d->server);
+            d->d.export = NULL;
             nbd_server_free(d->server);
         }
         d->server = NULL;
@@ -219,11 +234,8 @@ static void stop_servers_co(struct run *r) {
 
 static void close_disks_co(struct run *r) {
     stop_servers_co(r);
-    for (unsigned i = 0; i < r->ndisks; i++) {
-        if (r->disks[i].node)
-            node_unref_co(r->disks[i].node);
-        r->disks[i].node = NULL;
-    }
+    for (unsigned i = 0; i < r->ndisks; i++)
+        control_disk_close_co(&r->disks[i].d);
 }
 
 /* ---------------------------------------------------------------- signals and terminal */
@@ -354,7 +366,7 @@ static int guest_co(struct run *r) {
 static void rescue_co(struct run *r, struct disk *d) {
     struct err e AUTO_ERR = ERR_INIT;
     AUTO_FREE char *name = xasprintf("%s.uncommitted.qcow2", d->name);
-    if (overlay_keep_co(d->node, name, false, &e) < 0) {
+    if (overlay_keep_co(d->d.node, name, false, &e) < 0) {
         err_prefix(&e, "the guest's changes could not be saved either");
         cli_print_error(r->ctx, &e);
     } else {
@@ -381,9 +393,9 @@ static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err 
     char size[32];
     AUTO_FREE char *name = cli_safe(d->name);
 
-    size_human(overlay_data_co(d->node), size);
+    size_human(overlay_data_co(d->d.node), size);
     if (a->keep.n) {
-        int ret = overlay_keep_co(d->node, a->keep.v[i], false, e);
+        int ret = control_disk_finish_keep_co(&d->d, a->keep.v[i], e);
         if (ret < 0)
             return err_prefix(e, "keeping the changes of %s", name);
         if (!a->quiet)
@@ -392,8 +404,7 @@ static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err 
         return 0;
     }
     if (a->commit && status == 0) {
-        struct copy_opts co = {.sparse_bytes = 4096};
-        int ret = commit_run_co(d->node, &co, e);
+        int ret = control_disk_finish_commit_co(&d->d, e);
         if (ret < 0) {
             ret = err_prefix(e, "committing to %s", name);
             rescue_co(r, d);
@@ -402,6 +413,11 @@ static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err 
         if (!a->quiet)
             fprintf(stderr, "strata: run: wrote %s of changes into %s\n", size, name);
         return 0;
+    }
+    if (d->d.journal) {
+        err_set(e, EIO, "a commit to %s did not end", name);
+        err_hint(e, "strata commit %s completes it", d->d.journal);
+        return -EIO;
     }
     if (a->commit)
         cli_print_warning(r->ctx, "the guest ended with status %d: nothing was committed", status);
@@ -423,7 +439,7 @@ static int settle_co(struct run *r, int status) {
         if (r->a->snapshot) {
             ret = settle_snapshot_co(r, i, status, &e);
         } else {
-            ret = disk_flush_co(d->node);
+            ret = disk_flush_co(d->d.node);
             if (ret < 0)
                 err_errno(&e, -ret, "%s: cannot flush what the guest wrote", d->name);
         }
@@ -449,6 +465,8 @@ static int run_verb_co(struct verb_ctx *ctx) {
         ret = open_disk_co(r, ctx->pos[i], false);
     if (ret >= 0 && a->cdrom)
         ret = open_disk_co(r, a->cdrom, true);
+    if (ret >= 0)
+        ret = start_control(r);
     if (ret >= 0)
         ret = guest_co(r);
     stop_servers_co(r);

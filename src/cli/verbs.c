@@ -12,6 +12,7 @@ extern const struct verb verb_commit;
 extern const struct verb verb_compare;
 extern const struct verb verb_convert;
 extern const struct verb verb_create;
+extern const struct verb verb_ctl;
 extern const struct verb verb_dd;
 extern const struct verb verb_detach;
 extern const struct verb verb_help;
@@ -46,6 +47,7 @@ const struct verb *const verb_table[] = {
     &verb_bench,
     &verb_io,
     &verb_serve,
+    &verb_ctl,
     &verb_mount,
     &verb_unmount,
     &verb_attach,

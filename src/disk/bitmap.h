@@ -71,6 +71,8 @@ struct bitmap {
     /* Why the image keeps it, but not for us ("has ..."): nothing but removal.  NULL: it is. */
     const char *foreign;
 
+    unsigned exported; /* clients are shown it: no removal, clearing or merging into it */
+
     bool stored;            /* the image has an entry for it */
     bool armed;             /* that entry says, stably, that it is in use */
     bool arm;               /* wanted so by the caller of bitmap_arm_co */

@@ -310,9 +310,21 @@ int bitmap_add_co(struct node *n, const struct bitmap_new *what, struct bitmap *
     return 0;
 }
 
+/* Clients rely on what an exported bitmap says. */
+static int check_not_exported(const struct bitmap *b, struct err *e) {
+    if (!b->exported)
+        return 0;
+    char *name AUTO_FREE = safe_name(b->name);
+    err_set(e, EBUSY, "bitmap '%s' is exported: clients are shown it", name);
+    err_hint(e, "take the export away first");
+    return -EBUSY;
+}
+
 int bitmap_remove_co(struct bitmap *b, struct err *e) {
     struct node *n = b->node;
-    int r = 0;
+    int r = check_not_exported(b, e);
+    if (r < 0)
+        return r;
     if (b->stored && !node_is_rw(n)) {
         char *name AUTO_FREE = safe_name(b->name);
         return err_set(e, EROFS, "bitmap '%s': the image is open read-only", name);
@@ -350,7 +362,9 @@ static void change_end(struct bitmap *b) {
 }
 
 int bitmap_clear_co(struct bitmap *b, struct err *e) {
-    int r = change_begin_co(b, e);
+    int r = check_not_exported(b, e);
+    if (!r)
+        r = change_begin_co(b, e);
     if (r < 0)
         return r;
     bitmap_clear_bits(b);
@@ -372,7 +386,9 @@ int bitmap_set_enabled_co(struct bitmap *b, bool enabled, struct err *e) {
 }
 
 int bitmap_merge_co(struct bitmap *dst, struct bitmap *src, struct err *e) {
-    int r = bitmap_usable(dst, true, e);
+    int r = check_not_exported(dst, e);
+    if (!r)
+        r = bitmap_usable(dst, true, e);
     if (!r)
         r = bitmap_load_co(src, e);
     if (r < 0)

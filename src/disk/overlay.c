@@ -27,6 +27,7 @@
 #include "base/cleanup.h"
 #include "base/err.h"
 #include "base/plant.h"
+#include "base/size.h"
 #include "disk/engine.h"
 
 /*
@@ -49,14 +50,37 @@ static const char *scratch_dir(const struct overlay_opts *opts) {
     return tmp && *tmp ? tmp : "/var/tmp";
 }
 
+#define MEMORY "memory:"
+
+static bool in_memory(const struct overlay_opts *opts) {
+    return !strncmp(scratch_dir(opts), MEMORY, strlen(MEMORY));
+}
+
+int overlay_limit(const struct overlay_opts *opts, uint64_t *limit, struct err *e) {
+    const char *size = scratch_dir(opts) + strlen(MEMORY);
+    *limit = opts ? opts->scratch_size : 0;
+    if (!in_memory(opts))
+        return 0;
+    if (!*size)
+        return err_set(e, EINVAL, "scratch in memory needs a limit: memory:SIZE");
+    uint64_t bytes;
+    int r = size_parse(size, "size of the scratch memory", &bytes, e);
+    if (!r && !bytes)
+        r = err_set(e, EINVAL, "scratch in memory needs a limit above 0");
+    if (!r && (!*limit || bytes < *limit))
+        *limit = bytes;
+    return r;
+}
+
 static int create_scratch_co(const struct overlay_opts *opts, struct node **out, struct err *e) {
     struct create_ctx ctx = {
-        .name = scratch_dir(opts),
+        .name = in_memory(opts) ? MEMORY : scratch_dir(opts),
         .flags = CREATE_SCRATCH,
-        .size_limit = opts ? opts->scratch_size : 0,
         .node_flags = NODE_NO_FLUSH | NODE_UNMAP,
     };
-    int r = storage_create_co(&ctx, out, e);
+    int r = overlay_limit(opts, &ctx.size_limit, e);
+    if (!r)
+        r = storage_create_co(&ctx, out, e);
     return r ? err_prefix(e, "temporary snapshot") : 0;
 }
 
@@ -154,18 +178,32 @@ static int keep_by_copy_co(struct node *file, const char *name, bool replace, st
     return r;
 }
 
-/* The overlay is quiesced. */
-static int keep_quiesced_co(struct node *n, const char *base, const char *name, bool replace,
-                            struct err *e) {
-    struct node *file = n->file;
+/* The scratch file is a whole image over `base`.  The overlay is quiesced. */
+static int complete_co(struct node *n, const char *base, struct err *e) {
     int r = n->drv->format->set_backing_co(n, base, n->backing->drv->name, e);
     if (r)
         return r;
     /* The slot itself: disk_flush_co would wait for the quiesce to end, and skips NO_FLUSH. */
     r = n->drv->format->flush_co && !PLANTED(KEEP_WITHOUT_METADATA) ? n->drv->format->flush_co(n)
                                                                     : 0;
+    return r ? err_errno(e, -r, "writing the snapshot's metadata") : 0;
+}
+
+static int save_quiesced_co(struct node *n, const char *base, const char *name, bool replace,
+                            struct err *e) {
+    int r = complete_co(n, base, e);
+    if (!r)
+        r = keep_by_copy_co(n->file, name, replace, e);
+    n->drv->format->set_backing_co(n, NULL, NULL, NULL);
+    return r;
+}
+
+static int keep_quiesced_co(struct node *n, const char *base, const char *name, bool replace,
+                            struct err *e) {
+    struct node *file = n->file;
+    int r = complete_co(n, base, e);
     if (r)
-        return err_errno(e, -r, "writing the snapshot's metadata");
+        return r;
     file->flags &= ~(unsigned)NODE_NO_FLUSH;
     r = node_link_co(file, name, replace, e);
     if (!r) {
@@ -176,13 +214,14 @@ static int keep_quiesced_co(struct node *n, const char *base, const char *name, 
     }
     file->flags |= NODE_NO_FLUSH;
     /* Elsewhere, not linkable, or kept before: a copy does it.  It meets any other obstacle too. */
-    if (r != -EXDEV && r != -ENOENT && r != -EINVAL)
+    if (r != -EXDEV && r != -ENOENT && r != -EINVAL && r != -ENOTSUP)
         return r;
     err_clear(e);
     return keep_by_copy_co(file, name, replace, e);
 }
 
-int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct err *e) {
+static int with_base_co(struct node *overlay, const char *name, bool replace, bool save,
+                        struct err *e) {
     char *base AUTO_FREE = NULL;
     if (!overlay->drv->format->set_backing_co)
         return err_set(e, ENOTSUP, "format '%s' cannot record a backing file", overlay->drv->name);
@@ -190,9 +229,21 @@ int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct
     if (r)
         return err_prefix(e, "%s", name);
     node_quiesce_co(overlay);
-    r = keep_quiesced_co(overlay, base, name, replace, e);
-    if (r)
-        overlay->drv->format->set_backing_co(overlay, NULL, NULL, NULL);
+    if (save) {
+        r = save_quiesced_co(overlay, base, name, replace, e);
+    } else {
+        r = keep_quiesced_co(overlay, base, name, replace, e);
+        if (r)
+            overlay->drv->format->set_backing_co(overlay, NULL, NULL, NULL);
+    }
     node_resume(overlay);
     return r ? err_prefix(e, "%s", name) : 0;
+}
+
+int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct err *e) {
+    return with_base_co(overlay, name, replace, false, e);
+}
+
+int overlay_save_co(struct node *overlay, const char *name, bool replace, struct err *e) {
+    return with_base_co(overlay, name, replace, true, e);
 }

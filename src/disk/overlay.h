@@ -4,7 +4,7 @@
  *
  * The scratch file never has a name (O_TMPFILE, else created and unlinked at once), so the space is
  * returned on any exit, kill -9 included.  While it is thrown away nothing is flushed.  Its folder:
- * `dir`, else $TMPDIR, else /var/tmp.
+ * `dir`, else $TMPDIR, else /var/tmp.  It may lie in memory instead.
  */
 #ifndef STRATA_DISK_OVERLAY_H
 #define STRATA_DISK_OVERLAY_H
@@ -16,8 +16,9 @@ struct node;
 struct err;
 
 struct overlay_opts {
-    const char *scratch_dir; /* NULL: $TMPDIR, else /var/tmp */
-    uint64_t scratch_size;   /* cap in bytes; 0: none.  Beyond it writes fail with -ENOSPC */
+    /* A folder, or "memory:SIZE" for memory of this process.  NULL: $TMPDIR, else /var/tmp */
+    const char *scratch_dir;
+    uint64_t scratch_size; /* cap in bytes; 0: none.  Beyond it writes fail with -ENOSPC */
 };
 
 /* Takes over the caller's reference to `base` on success.  The result is a read-write node. */
@@ -29,6 +30,13 @@ int overlay_create_co(struct node *base, const struct overlay_opts *opts, struct
  * overlay stays usable.  -EEXIST unless `replace`.
  */
 int overlay_keep_co(struct node *overlay, const char *name, bool replace, struct err *e);
+/*
+ * The same, as a copy of this moment: the overlay goes on in its scratch file and never writes to
+ * `name`.  Requests wait while it is made.
+ */
+int overlay_save_co(struct node *overlay, const char *name, bool replace, struct err *e);
+/* What `opts` caps the scratch to; 0: nothing.  -EINVAL for a "memory:" without a size. */
+int overlay_limit(const struct overlay_opts *opts, uint64_t *limit, struct err *e);
 /* Host bytes that the overlay uses now. */
 int64_t overlay_allocated(struct node *overlay);
 

@@ -155,8 +155,12 @@ static void one_co(void *arg) {
     struct nbd_server *server;
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n = disk_co(s->mode);
-    struct nbd_server_opts opts = {.export = {.name = "x", .node = n, .read_only = s->mode & 2}};
+    struct nbd_server_opts opts = {.verbose = false};
+    struct nbd_export_opts x = {.name = "x", .node = n, .read_only = s->mode & 2};
+    struct nbd_export_opts y = {.name = "y", .node = n, .allocation_depth = true, .share = 1};
     FUZZ_CHECK(nbd_server_new(loop_self(), &opts, &server, &e) == 0, "server: %s", err_text(&e));
+    FUZZ_CHECK(nbd_server_add(server, &x, NULL, &e) == 0, "export: %s", err_text(&e));
+    FUZZ_CHECK(nbd_server_add(server, &y, NULL, &e) == 0, "export: %s", err_text(&e));
     session_co(server, s);
     second_client_co(server);
     nbd_server_stop_co(server);

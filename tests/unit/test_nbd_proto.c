@@ -54,27 +54,55 @@ static void request_with_reply_magic_is_refused(void **state) {
 static void replies_carry_the_cookie_as_it_came(void **state) {
     uint64_t cookie;
     memcpy(&cookie, "cookie!!", 8);
+    struct nbd_request q = {.cookie = cookie, .offset = 0x123};
     uint8_t b[64];
     assert_int_equal(nbd_simple_encode(b, cookie, NBD_ENOSPC), 16);
     assert_memory_equal(b,
                         "\x67\x44\x66\x98\0\0\0\x1c"
                         "cookie!!",
                         16);
-    assert_int_equal(nbd_data_chunk_encode(b, cookie, 1, 0x1000, 512), 28);
+    assert_int_equal(nbd_data_chunk_encode(b, false, &q, 1, 0x1000, 512), 28);
     assert_memory_equal(b,
                         "\x66\x8e\x33\xef\0\1\0\1"
                         "cookie!!\0\0\2\x8\0\0\0\0\0\0\x10\0",
                         28);
-    assert_int_equal(nbd_hole_chunk_encode(b, cookie, 0, 0x1000, 512), 32);
+    assert_int_equal(nbd_hole_chunk_encode(b, false, &q, 0, 0x1000, 512), 32);
     assert_memory_equal(b,
                         "\x66\x8e\x33\xef\0\0\0\2"
                         "cookie!!\0\0\0\xc\0\0\0\0\0\0\x10\0\0\0\2\0",
                         32);
-    assert_int_equal(nbd_error_chunk_encode(b, cookie, NBD_EINVAL, 3), 26);
+    assert_int_equal(nbd_error_chunk_encode(b, false, &q, NBD_EINVAL, 3), 26);
     assert_memory_equal(b,
                         "\x66\x8e\x33\xef\0\1\x80\1"
                         "cookie!!\0\0\0\x9\0\0\0\x16\0\3",
                         26);
+}
+
+static void extended_request_is_decoded(void **state) {
+    static const uint8_t b[] = {0x21, 0xe4, 0x1c, 0x71, 0, 0x20, 0,    1, 1, 2, 3, 4, 5, 6, 7, 8,
+                                0,    0,    0,    1,    0, 0,    0x10, 0, 0, 0, 0, 2, 0, 0, 0, 1};
+    struct nbd_request r;
+    assert_true(nbd_extended_request_decode(b, &r));
+    assert_int_equal(r.flags, NBD_CMD_FLAG_PAYLOAD_LEN);
+    assert_int_equal(r.type, NBD_CMD_WRITE);
+    assert_memory_equal(&r.cookie, "\1\2\3\4\5\6\7\10", 8);
+    assert_true(r.offset == 0x100001000 && r.length == 0x200000001);
+    assert_false(nbd_request_decode(b, &r));
+}
+
+static void extended_replies_have_one_head_of_32_bytes(void **state) {
+    struct nbd_request q = {.offset = 0x123};
+    memcpy(&q.cookie, "cookie!!", 8);
+    uint8_t b[64];
+    assert_int_equal(nbd_chunk_encode(b, true, &q, 1, NBD_CHUNK_NONE, 0), 32);
+    assert_memory_equal(b,
+                        "\x6e\x8a\x27\x8c\0\1\0\0"
+                        "cookie!!\0\0\0\0\0\0\1\x23\0\0\0\0\0\0\0\0",
+                        32);
+    assert_int_equal(nbd_data_chunk_encode(b, true, &q, 1, 0x1000, 512), 40);
+    assert_memory_equal(b + 24, "\0\0\0\0\0\0\2\x8\0\0\0\0\0\0\x10\0", 16);
+    assert_int_equal(nbd_hole_chunk_encode(b, true, &q, 0, 0x1000, 512), 44);
+    assert_int_equal(nbd_error_chunk_encode(b, true, &q, NBD_EINVAL, 3), 38);
 }
 
 static void info_request_is_split(void **state) {
@@ -155,11 +183,14 @@ static void errnos_become_the_protocols_values(void **state) {
 }
 
 static void flags_belong_to_their_commands(void **state) {
-    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_READ, true), 5);
-    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_READ, false), 1);
-    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_WRITE, true), 1);
-    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_WRITE_ZEROES, true), 19);
-    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_BLOCK_STATUS, true), 9);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_READ, true, false), 5);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_READ, false, false), 1);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_WRITE, true, false), 1);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_WRITE_ZEROES, true, false), 19);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_BLOCK_STATUS, true, false), 9);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_BLOCK_STATUS, true, true), 41);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_WRITE, true, true), 33);
+    assert_int_equal(nbd_cmd_flags_allowed(NBD_CMD_READ, true, true), 5);
 }
 
 int main(void) {
@@ -169,6 +200,8 @@ int main(void) {
         cmocka_unit_test(option_without_magic_is_refused),
         cmocka_unit_test(option_reply_is_encoded),
         cmocka_unit_test(request_is_decoded),
+        cmocka_unit_test(extended_request_is_decoded),
+        cmocka_unit_test(extended_replies_have_one_head_of_32_bytes),
         cmocka_unit_test(request_with_reply_magic_is_refused),
         cmocka_unit_test(replies_carry_the_cookie_as_it_came),
         cmocka_unit_test(info_request_is_split),

@@ -6,6 +6,11 @@
  * OPTION_DATA_MAX bytes of data each (longer data is skipped and answered ERR_TOO_BIG, beyond
  * OPTION_SKIP_MAX the connection ends), and one time limit over all of it.  Answers to one option
  * are collected and sent together.
+ *
+ * TLS.  Where it is required, every option before STARTTLS is answered TLS_REQD, and EXPORT_NAME,
+ * which has no error reply, ends the connection.  After STARTTLS everything is forgotten that was
+ * said before; bytes that a client sent behind STARTTLS without waiting for the answer are no part
+ * of the encrypted stream, whoever put them there, and end the connection.
  */
 #include "export/nbd/client.h"
 
@@ -16,6 +21,7 @@
 #include <sys/socket.h>
 #include "base/cleanup.h"
 #include "disk/node.h"
+#include "export/nbd/tls.h"
 
 #define OPTIONS_MAX 256
 #define OPTION_DATA_MAX (RX_BYTES - NBD_OPTION_BYTES)
@@ -31,8 +37,9 @@ struct hs {
 };
 
 static int wait_co(struct hs *h, short events) {
-    int64_t left = h->deadline_ns - loop_now_ns(h->c->s->loop);
-    int ev = left > 0 ? loop_poll_co(h->c->fd, events, left) : 0;
+    bool limited = h->deadline_ns != INT64_MAX;
+    int64_t left = limited ? h->deadline_ns - loop_now_ns(h->c->s->loop) : -1;
+    int ev = !limited || left > 0 ? loop_poll_co(h->c->fd, events, left) : 0;
     if (ev == 0)
         return -ETIMEDOUT;
     return ev < 0 ? ev : 0;
@@ -47,16 +54,15 @@ static int need_co(struct hs *h, size_t need) {
         memmove(c->rx, c->rx + c->rx_pos, c->rx_end - c->rx_pos);
         c->rx_end -= c->rx_pos;
         c->rx_pos = 0;
-        ssize_t n = recv(c->fd, c->rx + c->rx_end, RX_BYTES - c->rx_end, MSG_DONTWAIT);
-        int err = errno;
+        ssize_t n = nbd_recv_now(c, c->rx + c->rx_end, RX_BYTES - c->rx_end);
         if (n == 0)
             return c->rx_end == 0 ? 0 : -ECONNRESET;
         if (n > 0) {
             c->rx_end += (size_t)n;
             continue;
         }
-        if (err != EAGAIN && err != EINTR)
-            return -err;
+        if (n != -EAGAIN)
+            return (int)n;
         int rc = wait_co(h, POLLIN);
         if (rc < 0)
             return rc;
@@ -79,17 +85,30 @@ static int skip_co(struct hs *h, uint32_t len) {
     return 0;
 }
 
+static ssize_t send_now(struct nbd_client *c, const uint8_t *p, size_t len) {
+    if (c->tls) {
+        struct iovec v = {(void *)p, len};
+        return len ? tls_send(c->tls, &v, 1) : tls_flush(c->tls);
+    }
+    ssize_t n;
+    do
+        n = send(c->fd, p, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
 static int send_co(struct hs *h, const uint8_t *p, size_t len) {
-    while (len) {
-        ssize_t n = send(h->c->fd, p, len, MSG_DONTWAIT | MSG_NOSIGNAL);
-        int err = errno;
+    while (len || h->c->tls) {
+        ssize_t n = send_now(h->c, p, len);
         if (n >= 0) {
             p += n;
             len -= (size_t)n;
+            if (n == 0 && !len)
+                break;
             continue;
         }
-        if (err != EAGAIN && err != EINTR)
-            return -err;
+        if (n != -EAGAIN)
+            return (int)n;
         int rc = wait_co(h, POLLOUT);
         if (rc < 0)
             return rc;
@@ -130,16 +149,14 @@ static void out_ack(struct nbd_out *o, uint32_t option) {
 
 /* ---------------------------------------------------------------- the export */
 
-bool nbd_export_named(const struct nbd_server *s, struct nbd_name name) {
-    return name.len == 0 || nbd_name_is(name, s->name);
-}
-
-uint16_t nbd_export_flags(const struct nbd_client *c) {
+uint16_t nbd_export_flags(const struct nbd_client *c, const struct nbd_export *x) {
     uint16_t f = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
                  NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
     if (c->structured)
         f |= NBD_FLAG_SEND_DF;
-    if (c->s->read_only)
+    if (c->extended && c->contexts_of == x && c->contexts)
+        f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+    if (x->base.read_only)
         f |= NBD_FLAG_READ_ONLY;
     else
         f |= NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
@@ -149,34 +166,45 @@ uint16_t nbd_export_flags(const struct nbd_client *c) {
 /* ---------------------------------------------------------------- options */
 
 /* What an option handler says about the connection. */
-enum { GO_ON = 0, TRANSMIT = 1, LEAVE = 2 };
+enum { GO_ON = 0, TRANSMIT = 1, LEAVE = 2, START_TLS = 3 };
 
 static int opt_export_name(struct hs *h, const uint8_t *data, uint32_t len) {
     struct nbd_client *c = h->c;
     struct nbd_name name = {(const char *)data, len};
-    if (!nbd_name_valid(name) || !nbd_export_named(c->s, name)) {
-        nbd_log(c, "asked for an export that does not exist");
+    struct nbd_export *x = nbd_name_valid(name) ? nbd_export_find(c->s, name) : NULL;
+    const char *why = "asked for an export that does not exist";
+    if (c->extended)
+        why = "EXPORT_NAME after extended headers";
+    if (!x || c->extended || !nbd_export_enter(x, c, &why)) {
+        nbd_log(c, "%s", why);
         return -ENOENT; /* this option has no error reply */
     }
     uint8_t reply[10 + 124] = {0};
-    be64_store(reply, c->s->node->size);
-    be16_store(reply + 8, nbd_export_flags(c));
+    be64_store(reply, x->base.node->size);
+    be16_store(reply + 8, nbd_export_flags(c, x));
     out_put(&h->out, reply, c->no_zeroes ? 10 : sizeof(reply));
     return TRANSMIT;
 }
 
+static int no_data(struct hs *h, uint32_t option) {
+    nbd_out_error(&h->out, option, NBD_REP_ERR_INVALID, "this option takes no data");
+    return GO_ON;
+}
+
 static int opt_list(struct hs *h, uint32_t len) {
-    if (len) {
-        nbd_out_error(&h->out, NBD_OPT_LIST, NBD_REP_ERR_INVALID, "NBD_OPT_LIST takes no data");
-        return GO_ON;
+    if (len)
+        return no_data(h, NBD_OPT_LIST);
+    list_for_each(it, &h->c->s->exports) {
+        const struct nbd_export *x = list_entry(it, struct nbd_export, link);
+        uint8_t n[4];
+        if (x->gone)
+            continue;
+        be32_store(n, (uint32_t)strlen(x->base.name));
+        /* What follows the name is for people; QEMU's client shows it. */
+        char *text AUTO_FREE =
+            xasprintf("%s%s", x->base.name, x->description ? x->description : "");
+        nbd_out_reply(&h->out, NBD_OPT_LIST, NBD_REP_SERVER, n, 4, text, strlen(text));
     }
-    const char *name = h->c->s->name;
-    uint8_t n[4];
-    be32_store(n, (uint32_t)strlen(name));
-    /* What follows the name is for people; QEMU's client shows it. */
-    char *text AUTO_FREE =
-        xasprintf("%s%s", name, h->c->s->description ? h->c->s->description : "");
-    nbd_out_reply(&h->out, NBD_OPT_LIST, NBD_REP_SERVER, n, 4, text, strlen(text));
     out_ack(&h->out, NBD_OPT_LIST);
     return GO_ON;
 }
@@ -194,8 +222,14 @@ static int opt_info(struct hs *h, uint32_t option, const uint8_t *data, uint32_t
         nbd_out_error(&h->out, option, NBD_REP_ERR_INVALID, "malformed request");
         return GO_ON;
     }
-    if (!nbd_export_named(c->s, q.name)) {
+    struct nbd_export *x = nbd_export_find(c->s, q.name);
+    const char *why;
+    if (!x) {
         nbd_out_error(&h->out, option, NBD_REP_ERR_UNKNOWN, "no export of this name");
+        return GO_ON;
+    }
+    if (option == NBD_OPT_GO && !nbd_export_enter(x, c, &why)) {
+        nbd_out_error(&h->out, option, NBD_REP_ERR_POLICY, why);
         return GO_ON;
     }
     bool name = false, description = false; /* each at most once, however often asked */
@@ -205,9 +239,9 @@ static int opt_info(struct hs *h, uint32_t option, const uint8_t *data, uint32_t
         description |= t == NBD_INFO_DESCRIPTION;
     }
     if (name)
-        info_text(&h->out, option, NBD_INFO_NAME, c->s->name);
-    if (description && c->s->description)
-        info_text(&h->out, option, NBD_INFO_DESCRIPTION, c->s->description);
+        info_text(&h->out, option, NBD_INFO_NAME, x->base.name);
+    if (description && x->description)
+        info_text(&h->out, option, NBD_INFO_DESCRIPTION, x->description);
 
     uint8_t b[14];
     be16_store(b, NBD_INFO_BLOCK_SIZE);
@@ -218,17 +252,19 @@ static int opt_info(struct hs *h, uint32_t option, const uint8_t *data, uint32_t
 
     uint8_t e[12];
     be16_store(e, NBD_INFO_EXPORT);
-    be64_store(e + 2, c->s->node->size);
-    be16_store(e + 10, nbd_export_flags(c));
+    be64_store(e + 2, x->base.node->size);
+    be16_store(e + 10, nbd_export_flags(c, x));
     nbd_out_reply(&h->out, option, NBD_REP_INFO, e, 12, NULL, 0);
     out_ack(&h->out, option);
     return option == NBD_OPT_GO ? TRANSMIT : GO_ON;
 }
 
 static int opt_structured(struct hs *h, uint32_t len) {
-    if (len) {
-        nbd_out_error(&h->out, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_INVALID,
-                      "NBD_OPT_STRUCTURED_REPLY takes no data");
+    if (len)
+        return no_data(h, NBD_OPT_STRUCTURED_REPLY);
+    if (h->c->extended) {
+        nbd_out_error(&h->out, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_EXT_HEADER_REQD,
+                      "extended headers are in use");
         return GO_ON;
     }
     h->c->structured = true;
@@ -236,7 +272,55 @@ static int opt_structured(struct hs *h, uint32_t len) {
     return GO_ON;
 }
 
+static int opt_extended(struct hs *h, uint32_t len) {
+    if (len)
+        return no_data(h, NBD_OPT_EXTENDED_HEADERS);
+    h->c->structured = h->c->extended = true;
+    out_ack(&h->out, NBD_OPT_EXTENDED_HEADERS);
+    return GO_ON;
+}
+
+static int opt_starttls(struct hs *h, uint32_t len) {
+    struct nbd_client *c = h->c;
+    if (len)
+        return no_data(h, NBD_OPT_STARTTLS);
+    if (c->tls) {
+        nbd_out_error(&h->out, NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, "TLS is in use already");
+        return GO_ON;
+    }
+    if (!c->s->tls) {
+        nbd_out_error(&h->out, NBD_OPT_STARTTLS, NBD_REP_ERR_POLICY, "TLS is not set up here");
+        return GO_ON;
+    }
+    out_ack(&h->out, NBD_OPT_STARTTLS);
+    return START_TLS;
+}
+
+static int start_tls_co(struct hs *h) {
+    struct nbd_client *c = h->c;
+    const char *why = NULL;
+    if (c->rx_pos != c->rx_end) {
+        nbd_log(c, "bytes behind STARTTLS that are not encrypted");
+        return -EPROTO;
+    }
+    c->structured = c->extended = false;
+    c->contexts = 0;
+    c->contexts_of = NULL;
+    int rc = tls_session_start_co(c->s->tls, c->fd, h->deadline_ns, &c->tls, &why);
+    if (rc < 0 && why)
+        nbd_log(c, "TLS: %s", why);
+    return rc;
+}
+
 static int option(struct hs *h, const struct nbd_option *opt, const uint8_t *data) {
+    if (h->c->s->tls_required && !h->c->tls && opt->option != NBD_OPT_STARTTLS) {
+        if (opt->option == NBD_OPT_EXPORT_NAME) {
+            nbd_log(h->c, "asked for an export without TLS");
+            return -EPERM;
+        }
+        nbd_out_error(&h->out, opt->option, NBD_REP_ERR_TLS_REQD, "TLS comes first here");
+        return opt->option == NBD_OPT_ABORT ? LEAVE : GO_ON;
+    }
     switch (opt->option) {
     case NBD_OPT_EXPORT_NAME:
         return opt_export_name(h, data, opt->length);
@@ -246,13 +330,14 @@ static int option(struct hs *h, const struct nbd_option *opt, const uint8_t *dat
     case NBD_OPT_LIST:
         return opt_list(h, opt->length);
     case NBD_OPT_STARTTLS:
-        nbd_out_error(&h->out, opt->option, NBD_REP_ERR_POLICY, "TLS is not set up here");
-        return GO_ON;
+        return opt_starttls(h, opt->length);
     case NBD_OPT_INFO:
     case NBD_OPT_GO:
         return opt_info(h, opt->option, data, opt->length);
     case NBD_OPT_STRUCTURED_REPLY:
         return opt_structured(h, opt->length);
+    case NBD_OPT_EXTENDED_HEADERS:
+        return opt_extended(h, opt->length);
     case NBD_OPT_LIST_META_CONTEXT:
     case NBD_OPT_SET_META_CONTEXT:
         return nbd_meta_option(h->c, &h->out, opt->option, data, opt->length);
@@ -294,6 +379,8 @@ static int one_option_co(struct hs *h) {
     if (what < 0)
         return what;
     rc = send_co(h, h->out.buf, h->out.len);
+    if (rc == 0 && what == START_TLS)
+        return start_tls_co(h);
     return what == LEAVE ? LEAVE : rc < 0 ? rc : what;
 }
 
@@ -317,7 +404,8 @@ static int greet_co(struct hs *h) {
 }
 
 int nbd_handshake_co(struct nbd_client *c) {
-    struct hs h = {c, loop_now_ns(c->s->loop) + c->s->handshake_timeout_ns, {NULL, 0, 0}};
+    int64_t limit = c->s->handshake_timeout_ns;
+    struct hs h = {c, limit < 0 ? INT64_MAX : loop_now_ns(c->s->loop) + limit, {NULL, 0, 0}};
     int rc = greet_co(&h);
     for (int i = 0; rc == GO_ON; i++) {
         if (i == OPTIONS_MAX) {
@@ -330,5 +418,9 @@ int nbd_handshake_co(struct nbd_client *c) {
     if (rc == -ETIMEDOUT)
         nbd_log(c, "no end of the handshake in time");
     free(h.out.buf);
+    if (rc == TRANSMIT && c->contexts_of != c->x) {
+        c->contexts = 0; /* of another export */
+        c->contexts_of = NULL;
+    }
     return rc == TRANSMIT ? 0 : rc == LEAVE ? -ECONNABORTED : rc;
 }

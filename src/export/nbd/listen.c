@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Where clients come in: unix sockets, TCP, and sockets handed over by systemd.
+ * Where clients come in: unix sockets, TCP, vsock, and sockets handed over by systemd.
  *
  * A socket file that nobody listens on any more (its server was killed) is replaced; one that
  * answers, or anything that is not a socket, is left alone.
@@ -12,6 +12,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,7 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+#include <linux/vm_sockets.h>
 #include "base/cleanup.h"
 #include "base/err.h"
 
@@ -69,10 +71,18 @@ int nbd_listen_unix(const char *path, struct err *e) {
         return err_set(e, ENAMETOOLONG, "socket path '%.40s%s': %zu bytes, the limit is %zu", path,
                        len > 40 ? "..." : "", len, sizeof(sa.sun_path) - 1);
     memcpy(sa.sun_path, path, len);
+    bool abstract = path[0] == '@';
+    socklen_t sa_len = sizeof(sa);
+    if (abstract) { /* no file, and the name ends with the address */
+        sa.sun_path[0] = 0;
+        sa_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
+    }
     AUTO_FD int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return err_errno(e, errno, "socket");
-    int rc = bind(fd, (struct sockaddr *)&sa, sizeof(sa));
+    int rc = bind(fd, (struct sockaddr *)&sa, sa_len);
+    if (rc < 0 && errno == EADDRINUSE && abstract)
+        return err_set(e, EADDRINUSE, "%s: another server listens there", path);
     if (rc < 0 && errno == EADDRINUSE) {
         rc = replace_stale(path, &sa, e);
         if (rc < 0)
@@ -83,9 +93,24 @@ int nbd_listen_unix(const char *path, struct err *e) {
         return err_errno(e, errno, "%s", path);
     if (listen(fd, BACKLOG) < 0) {
         rc = err_errno(e, errno, "%s: listen", path);
-        unlink(path);
+        if (!abstract)
+            unlink(path);
         return rc;
     }
+    return steal_fd(&fd);
+}
+
+int nbd_listen_vsock(uint32_t *port, struct err *e) {
+    struct sockaddr_vm sa = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY};
+    socklen_t len = sizeof(sa);
+    sa.svm_port = *port ? *port : VMADDR_PORT_ANY;
+    AUTO_FD int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return err_errno(e, errno, "vsock: this kernel or container has none");
+    if (bind(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(fd, BACKLOG) < 0 ||
+        getsockname(fd, (struct sockaddr *)&sa, &len) < 0)
+        return err_errno(e, errno, "vsock port %u", *port);
+    *port = sa.svm_port;
     return steal_fd(&fd);
 }
 

@@ -4,8 +4,7 @@
  *
  * LIST answers every known context to an empty list of queries, those of a namespace to "base:" and
  * "qemu:", and all bitmaps to "qemu:dirty-bitmap:"; SET takes exact names only.  A client's
- * selection belongs to the export that SET named; with one export under two names ("" and its own)
- * GO cannot choose another one, so the selection always fits.
+ * selection belongs to the export that SET named, and is void when GO chooses another one.
  */
 #include "export/nbd/client.h"
 
@@ -17,7 +16,7 @@
 enum { CONTEXT_NAME_MAX = sizeof(BITMAP_PREFIX) + BITMAP_NAME_MAX };
 
 /* The name of context `bit`; false: the export has none there. */
-static bool context_name(const struct nbd_server *s, unsigned bit, char name[CONTEXT_NAME_MAX]) {
+static bool context_name(const struct nbd_export *s, unsigned bit, char name[CONTEXT_NAME_MAX]) {
     if (bit >= NBD_CONTEXT_BITMAPS) {
         if (bit - NBD_CONTEXT_BITMAPS >= s->nbitmaps)
             return false;
@@ -50,8 +49,10 @@ int nbd_meta_option(struct nbd_client *c, struct nbd_out *out, uint32_t option, 
     char name[CONTEXT_NAME_MAX];
     uint64_t found = 0;
     struct nbd_meta_request q;
-    if (set) /* whatever comes of it, the earlier selection is gone */
+    if (set) { /* whatever comes of it, the earlier selection is gone */
         c->contexts = 0;
+        c->contexts_of = NULL;
+    }
     if (!c->structured) {
         nbd_out_error(out, option, NBD_REP_ERR_INVALID, "structured replies come first");
         return 0;
@@ -60,7 +61,8 @@ int nbd_meta_option(struct nbd_client *c, struct nbd_out *out, uint32_t option, 
         nbd_out_error(out, option, NBD_REP_ERR_INVALID, "malformed request");
         return 0;
     }
-    if (!nbd_export_named(c->s, q.name)) {
+    struct nbd_export *x = nbd_export_find(c->s, q.name);
+    if (!x) {
         nbd_out_error(out, option, NBD_REP_ERR_UNKNOWN, "no export of this name");
         return 0;
     }
@@ -72,19 +74,21 @@ int nbd_meta_option(struct nbd_client *c, struct nbd_out *out, uint32_t option, 
             return 0;
         }
         for (unsigned bit = 0; bit < NBD_CONTEXTS_MAX; bit++)
-            if (!(found >> bit & 1) && context_name(c->s, bit, name) && matches(query, name, set))
+            if (!(found >> bit & 1) && context_name(x, bit, name) && matches(query, name, set))
                 found |= (uint64_t)1 << bit;
     }
     for (unsigned bit = 0; bit < NBD_CONTEXTS_MAX; bit++) {
         bool all = !set && q.count == 0;
-        if (!(all || found >> bit & 1) || !context_name(c->s, bit, name))
+        if (!(all || found >> bit & 1) || !context_name(x, bit, name))
             continue;
         uint8_t id[4];
         be32_store(id, set ? bit + 1 : 0);
         nbd_out_reply(out, option, NBD_REP_META_CONTEXT, id, 4, name, strlen(name));
     }
-    if (set)
+    if (set) {
         c->contexts = found;
+        c->contexts_of = x;
+    }
     nbd_out_reply(out, option, NBD_REP_ACK, NULL, 0, NULL, 0);
     return 0;
 }

@@ -141,14 +141,17 @@ uint32_t nbd_errno_from(int error) {
     }
 }
 
-uint16_t nbd_cmd_flags_allowed(uint16_t cmd, bool structured) {
+uint16_t nbd_cmd_flags_allowed(uint16_t cmd, bool structured, bool extended) {
+    uint16_t payload = extended ? NBD_CMD_FLAG_PAYLOAD_LEN : 0;
     switch (cmd) {
     case NBD_CMD_READ:
         return NBD_CMD_FLAG_FUA | (structured ? NBD_CMD_FLAG_DF : 0);
+    case NBD_CMD_WRITE:
+        return NBD_CMD_FLAG_FUA | payload;
     case NBD_CMD_WRITE_ZEROES:
         return NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO;
     case NBD_CMD_BLOCK_STATUS:
-        return NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_REQ_ONE;
+        return NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_REQ_ONE | payload;
     default:
         return NBD_CMD_FLAG_FUA;
     }

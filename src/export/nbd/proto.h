@@ -22,6 +22,8 @@
 #define NBD_REQUEST_MAGIC UINT32_C(0x25609513)
 #define NBD_SIMPLE_MAGIC UINT32_C(0x67446698)
 #define NBD_STRUCTURED_MAGIC UINT32_C(0x668e33ef)
+#define NBD_EXTENDED_REQUEST_MAGIC UINT32_C(0x21e41c71)
+#define NBD_EXTENDED_REPLY_MAGIC UINT32_C(0x6e8a278c)
 
 #define NBD_DEFAULT_PORT 10809
 #define NBD_STRING_MAX 4096u /* names, queries, messages */
@@ -42,6 +44,7 @@ enum nbd_transmission_flags {
     NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
     NBD_FLAG_SEND_CACHE = 1 << 10,
     NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12, /* with extended headers only */
 };
 
 enum nbd_opt {
@@ -65,9 +68,11 @@ enum nbd_opt {
 #define NBD_REP_ERR_UNSUP NBD_REP_ERR(1)
 #define NBD_REP_ERR_POLICY NBD_REP_ERR(2)
 #define NBD_REP_ERR_INVALID NBD_REP_ERR(3)
+#define NBD_REP_ERR_TLS_REQD NBD_REP_ERR(5)
 #define NBD_REP_ERR_UNKNOWN NBD_REP_ERR(6)
 #define NBD_REP_ERR_SHUTDOWN NBD_REP_ERR(7)
 #define NBD_REP_ERR_TOO_BIG NBD_REP_ERR(9)
+#define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR(10)
 
 enum nbd_info {
     NBD_INFO_EXPORT = 0,
@@ -93,6 +98,7 @@ enum nbd_cmd_flags {
     NBD_CMD_FLAG_DF = 4,
     NBD_CMD_FLAG_REQ_ONE = 8,
     NBD_CMD_FLAG_FAST_ZERO = 16,
+    NBD_CMD_FLAG_PAYLOAD_LEN = 32, /* extended headers: `length` is that of a payload */
 };
 
 enum nbd_chunk {
@@ -100,6 +106,7 @@ enum nbd_chunk {
     NBD_CHUNK_DATA = 1,
     NBD_CHUNK_HOLE = 2,
     NBD_CHUNK_BLOCK_STATUS = 5,
+    NBD_CHUNK_BLOCK_STATUS_EXT = 6,
     NBD_CHUNK_ERROR = 0x8001,
 };
 enum { NBD_CHUNK_FLAG_DONE = 1 };
@@ -165,17 +172,21 @@ bool nbd_name_is(struct nbd_name n, const char *s);
 /* ---- transmission ---- */
 
 #define NBD_REQUEST_BYTES 28u
+#define NBD_EXTENDED_REQUEST_BYTES 32u
 #define NBD_SIMPLE_BYTES 16u
+/* Heads of reply chunks, structured and extended; what follows them is of the same form in both. */
 #define NBD_CHUNK_BYTES 20u
-#define NBD_DATA_CHUNK_BYTES (NBD_CHUNK_BYTES + 8)  /* before the data */
-#define NBD_HOLE_CHUNK_BYTES (NBD_CHUNK_BYTES + 12) /* whole */
-#define NBD_ERROR_CHUNK_BYTES (NBD_CHUNK_BYTES + 6) /* before the message */
+#define NBD_EXTENDED_CHUNK_BYTES 32u
+#define NBD_HEAD_MAX NBD_EXTENDED_CHUNK_BYTES
+#define NBD_DATA_CHUNK_MAX (NBD_HEAD_MAX + 8)  /* head and offset, before the data */
+#define NBD_HOLE_CHUNK_MAX (NBD_HEAD_MAX + 12) /* whole */
+#define NBD_ERROR_CHUNK_MAX (NBD_HEAD_MAX + 6) /* before the message */
 
 struct nbd_request {
     uint16_t flags, type;
-    uint32_t length;
     uint64_t cookie; /* opaque: stored and sent back as it came, in wire order */
     uint64_t offset;
+    uint64_t length; /* below 2^32 without extended headers */
 };
 
 static inline bool nbd_request_decode(const uint8_t *in, struct nbd_request *out) {
@@ -187,6 +198,15 @@ static inline bool nbd_request_decode(const uint8_t *in, struct nbd_request *out
     return be32_load(in) == NBD_REQUEST_MAGIC;
 }
 
+static inline bool nbd_extended_request_decode(const uint8_t *in, struct nbd_request *out) {
+    out->flags = be16_load(in + 4);
+    out->type = be16_load(in + 6);
+    memcpy(&out->cookie, in + 8, 8);
+    out->offset = be64_load(in + 16);
+    out->length = be64_load(in + 24);
+    return be32_load(in) == NBD_EXTENDED_REQUEST_MAGIC;
+}
+
 static inline size_t nbd_simple_encode(uint8_t *out, uint64_t cookie, uint32_t error) {
     be32_store(out, NBD_SIMPLE_MAGIC);
     be32_store(out + 4, error);
@@ -194,45 +214,61 @@ static inline size_t nbd_simple_encode(uint8_t *out, uint64_t cookie, uint32_t e
     return NBD_SIMPLE_BYTES;
 }
 
-static inline size_t nbd_chunk_encode(uint8_t *out, uint64_t cookie, uint16_t flags, uint16_t type,
-                                      uint32_t length) {
-    be32_store(out, NBD_STRUCTURED_MAGIC);
+static inline size_t nbd_head_bytes(bool extended) {
+    return extended ? NBD_EXTENDED_CHUNK_BYTES : NBD_CHUNK_BYTES;
+}
+
+/* The head of a chunk with `length` bytes of payload, in answer to `q`. */
+static inline size_t nbd_chunk_encode(uint8_t *out, bool extended, const struct nbd_request *q,
+                                      uint16_t flags, uint16_t type, uint32_t length) {
     be16_store(out + 4, flags);
     be16_store(out + 6, type);
-    memcpy(out + 8, &cookie, 8);
+    memcpy(out + 8, &q->cookie, 8);
+    if (extended) {
+        be32_store(out, NBD_EXTENDED_REPLY_MAGIC);
+        be64_store(out + 16, q->offset);
+        be64_store(out + 24, length);
+        return NBD_EXTENDED_CHUNK_BYTES;
+    }
+    be32_store(out, NBD_STRUCTURED_MAGIC);
     be32_store(out + 16, length);
     return NBD_CHUNK_BYTES;
 }
 
-/* Header and offset of a data chunk; `length` bytes of data follow. */
-static inline size_t nbd_data_chunk_encode(uint8_t *out, uint64_t cookie, uint16_t flags,
-                                           uint64_t offset, uint32_t length) {
-    nbd_chunk_encode(out, cookie, flags, NBD_CHUNK_DATA, length + 8);
-    be64_store(out + NBD_CHUNK_BYTES, offset);
-    return NBD_DATA_CHUNK_BYTES;
+/* Head and offset of a data chunk; `length` bytes of data follow. */
+static inline size_t nbd_data_chunk_encode(uint8_t *out, bool extended, const struct nbd_request *q,
+                                           uint16_t flags, uint64_t offset, uint32_t length) {
+    size_t n = nbd_chunk_encode(out, extended, q, flags, NBD_CHUNK_DATA, length + 8);
+    be64_store(out + n, offset);
+    return n + 8;
 }
 
-static inline size_t nbd_hole_chunk_encode(uint8_t *out, uint64_t cookie, uint16_t flags,
-                                           uint64_t offset, uint32_t length) {
-    nbd_chunk_encode(out, cookie, flags, NBD_CHUNK_HOLE, 12);
-    be64_store(out + NBD_CHUNK_BYTES, offset);
-    be32_store(out + NBD_CHUNK_BYTES + 8, length);
-    return NBD_HOLE_CHUNK_BYTES;
+static inline size_t nbd_hole_chunk_encode(uint8_t *out, bool extended, const struct nbd_request *q,
+                                           uint16_t flags, uint64_t offset, uint32_t length) {
+    size_t n = nbd_chunk_encode(out, extended, q, flags, NBD_CHUNK_HOLE, 12);
+    be64_store(out + n, offset);
+    be32_store(out + n + 8, length);
+    return n + 12;
 }
 
 /* `message_len` bytes follow. */
-static inline size_t nbd_error_chunk_encode(uint8_t *out, uint64_t cookie, uint32_t error,
+static inline size_t nbd_error_chunk_encode(uint8_t *out, bool extended,
+                                            const struct nbd_request *q, uint32_t error,
                                             uint16_t message_len) {
-    nbd_chunk_encode(out, cookie, NBD_CHUNK_FLAG_DONE, NBD_CHUNK_ERROR, 6u + message_len);
-    be32_store(out + NBD_CHUNK_BYTES, error);
-    be16_store(out + NBD_CHUNK_BYTES + 4, message_len);
-    return NBD_ERROR_CHUNK_BYTES;
+    size_t n =
+        nbd_chunk_encode(out, extended, q, NBD_CHUNK_FLAG_DONE, NBD_CHUNK_ERROR, 6u + message_len);
+    be32_store(out + n, error);
+    be16_store(out + n + 4, message_len);
+    return n + 6;
 }
 
 /* A negative errno as one of the protocol's values. */
 uint32_t nbd_errno_from(int error);
 
-/* Flags that `cmd` may carry; DF only after structured replies were negotiated. */
-uint16_t nbd_cmd_flags_allowed(uint16_t cmd, bool structured);
+/*
+ * Flags that `cmd` may carry; DF only after structured replies were negotiated, PAYLOAD_LEN (of
+ * writes and block status) with extended headers only.
+ */
+uint16_t nbd_cmd_flags_allowed(uint16_t cmd, bool structured, bool extended);
 
 #endif

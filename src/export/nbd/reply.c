@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include "export/nbd/tls.h"
 
 /* While parsing, send early at this many bytes: the client can go on while we do. */
 #define CORK_BYTES (128u * 1024)
@@ -29,6 +30,10 @@ void nbd_client_kill(struct nbd_client *c) {
     if (!c->dead) {
         c->dead = true;
         c->closing = true;
+        if (c->x) {
+            throttle_wake(&c->x->bytes, c);
+            throttle_wake(&c->x->requests, c);
+        }
         /* Wakes the receiver and a sender that wait on the socket. */
         shutdown(c->fd, SHUT_RDWR);
     }
@@ -64,6 +69,8 @@ static ssize_t send_some(struct nbd_client *c) {
         if (n == TX_IOV)
             break;
     }
+    if (c->tls)
+        return tls_send(c->tls, c->tx, n);
     struct msghdr m = {.msg_iov = c->tx, .msg_iovlen = (size_t)n};
     ssize_t done;
     do
@@ -78,9 +85,10 @@ static int send_all(struct nbd_client *c) {
         ssize_t n = send_some(c);
         if (n < 0)
             return (int)n;
+        c->alive_ns = loop_now_ns(c->s->loop);
         sent(c, (size_t)n);
     }
-    return 0;
+    return c->tls ? tls_flush(c->tls) : 0;
 }
 
 static void sender_co(void *arg) {

@@ -9,6 +9,10 @@
  * comes to an end, and what is in flight is finished and answered.  After STOP_GRACE_NS the sockets
  * are shut for good, which frees senders whose peer does not read.  Requests to the disk are never
  * abandoned.
+ *
+ * A watchdog looks at all clients once a second: it ends those that have been idle for longer than
+ * allowed, and, while somebody waits for room in SERVER_PAYLOAD, those that hold some of it and
+ * have taken no answer for STALL_NS.
  */
 #include "export/nbd/client.h"
 
@@ -25,9 +29,12 @@
 #include "base/err.h"
 #include "base/log.h"
 #include "disk/node.h"
+#include "export/nbd/tls.h"
 
 #define STOP_GRACE_NS (INT64_C(3) * 1000000000)
 #define ACCEPT_PAUSE_NS (INT64_C(100) * 1000000) /* after "too many open files" and the like */
+#define WATCH_NS (INT64_C(1) * 1000000000)
+#define STALL_NS (INT64_C(15) * 1000000000)
 #define MAX_CLIENTS_DEFAULT 100
 #define HANDSHAKE_DEFAULT_NS (INT64_C(10) * 1000000000)
 /* Asked of the socket; the kernel gives what its limits allow.  256 KiB replies in one call. */
@@ -53,6 +60,9 @@ void nbd_log(struct nbd_client *c, const char *fmt, ...) {
 static void client_free(struct nbd_client *c) {
     struct nbd_server *s = c->s;
     list_remove(&c->link);
+    if (c->x)
+        nbd_export_leave(c->x);
+    tls_session_free(c->tls);
     close(c->fd);
     free(c->rx);
     free(c);
@@ -68,11 +78,16 @@ static void client_task(void *arg) {
     int rc = nbd_handshake_co(c);
     if (rc == 0) {
         c->s->served = true;
+        c->since_ns = loop_now_ns(c->s->loop);
+        nbd_access_open(c);
         rc = nbd_session_co(c);
     }
+    nbd_access_close(c, rc);
     nbd_log(c, rc < 0 && rc != -ECONNABORTED ? "lost" : "left");
     client_free(c);
 }
+
+static void watch_start(struct nbd_server *s);
 
 static void tune_socket(int fd) {
     int on = 1, size = SOCKET_BUFFER_BYTES;
@@ -107,8 +122,46 @@ int nbd_server_attach(struct nbd_server *s, int fd, struct err *e) {
     waitq_init(&c->idle);
     list_push_back(&s->clients, &c->link);
     s->nclients++;
+    watch_start(s);
     task_spawn(s->loop, client_task, c);
     return 0;
+}
+
+/* ---------------------------------------------------------------- the watchdog */
+
+static void watch_client(struct nbd_server *s, struct nbd_client *c, int64_t now) {
+    if (!c->x || c->dead)
+        return; /* the handshake has a limit of its own */
+    int64_t quiet = now - c->alive_ns;
+    if (s->idle_timeout_ns && quiet > s->idle_timeout_ns && (c->tasks == 0 || c->sending)) {
+        nbd_log(c, "idle for too long");
+        nbd_client_kill(c);
+    } else if (s->payload_waiters && quiet > STALL_NS && c->sending && c->budget < PAYLOAD_BUDGET) {
+        nbd_log(c, "takes no answers while others wait for memory");
+        nbd_client_kill(c);
+    }
+}
+
+static void watchdog(void *arg) {
+    struct nbd_server *s = arg;
+    s->watch_task = task_self();
+    while (!s->stopping && s->nclients) {
+        loop_sleep_co(WATCH_NS);
+        int64_t now = loop_now_ns(s->loop);
+        list_for_each(it, &s->clients)
+            watch_client(s, list_entry(it, struct nbd_client, link), now);
+    }
+    s->watch_running = false;
+    waitq_wake_all(&s->changed);
+}
+
+/* Runs from the first client on: a server that nobody has met sleeps. */
+static void watch_start(struct nbd_server *s) {
+    if (s->watch_running || s->stopping)
+        return;
+    s->watch_running = true;
+    s->watch_task = NULL;
+    task_spawn(s->loop, watchdog, s);
 }
 
 /* ---------------------------------------------------------------- listeners */
@@ -156,39 +209,26 @@ int nbd_server_listen(struct nbd_server *s, int listen_fd, struct err *e) {
 
 int nbd_server_new(struct loop *loop, const struct nbd_server_opts *opts, struct nbd_server **out,
                    struct err *e) {
-    const char *name = opts->export.name ? opts->export.name : "";
-    const char *desc = opts->export.description;
-    struct nbd_name n = {name, (uint32_t)strnlen(name, NBD_STRING_MAX + 1)};
-    struct nbd_name d = {desc, desc ? (uint32_t)strnlen(desc, NBD_STRING_MAX + 1) : 0};
-    if (!nbd_name_valid(n) || !nbd_name_valid(d))
-        return err_set(e, EINVAL,
-                       "%s: the NBD protocol wants UTF-8 text of at most %u bytes, without NUL",
-                       nbd_name_valid(n) ? "description" : "export name", NBD_STRING_MAX);
-    if (opts->export.nbitmaps > NBD_CONTEXTS_MAX - NBD_CONTEXT_BITMAPS)
-        return err_set(e, EFBIG, "%u bitmaps are more than the %u that one export can have",
-                       opts->export.nbitmaps, NBD_CONTEXTS_MAX - NBD_CONTEXT_BITMAPS);
     struct nbd_server *s = xcalloc(1, sizeof(*s));
     s->loop = loop;
-    s->allocation_depth = opts->export.allocation_depth;
-    s->nbitmaps = opts->export.nbitmaps;
-    s->bitmaps = xcalloc(s->nbitmaps + 1, sizeof(*s->bitmaps));
-    for (unsigned i = 0; i < s->nbitmaps; i++)
-        s->bitmaps[i] = opts->export.bitmaps[i];
-    s->name = xstrdup(name);
-    s->description = desc ? xstrdup(desc) : NULL;
-    s->node = opts->export.node;
-    s->read_only = opts->export.read_only || !node_is_rw(s->node);
     s->max_clients = opts->max_clients ? opts->max_clients : MAX_CLIENTS_DEFAULT;
     s->handshake_timeout_ns =
         opts->handshake_timeout_ns ? opts->handshake_timeout_ns : HANDSHAKE_DEFAULT_NS;
+    s->idle_timeout_ns = opts->idle_timeout_ns;
+    s->tls = opts->tls;
+    s->tls_required = opts->tls && opts->tls_required;
     s->on_idle = opts->on_idle;
+    s->access = opts->access;
     s->verbose = opts->verbose;
     s->arg = opts->arg;
     s->tasks_free = SERVER_TASKS_MAX;
+    s->payload = SERVER_PAYLOAD;
+    list_init(&s->exports);
     list_init(&s->clients);
     list_init(&s->listeners);
     waitq_init(&s->changed);
     waitq_init(&s->task_freed);
+    waitq_init(&s->payload_freed);
     *out = s;
     return 0;
 }
@@ -217,12 +257,22 @@ void nbd_server_stop_co(struct nbd_server *s) {
         c->closing = true;
         shutdown(c->fd, SHUT_RD);
     }
+    list_for_each(it, &s->exports) { /* what waits for its turn need not wait any more */
+        struct nbd_export *x = list_entry(it, struct nbd_export, link);
+        throttle_open(&x->bytes);
+        throttle_open(&x->requests);
+    }
     if (s->nclients) {
         s->grace_running = true;
         task_spawn(s->loop, grace_task, s);
     }
     while (s->nclients || s->nlisteners)
         waitq_wait_co(&s->changed);
+    while (s->watch_running) {
+        if (s->watch_task)
+            loop_cancel_sleep(s->watch_task);
+        waitq_wait_co(&s->changed);
+    }
     s->grace_over = true;
     while (s->grace_running) {
         if (s->grace_task)
@@ -234,8 +284,8 @@ void nbd_server_stop_co(struct nbd_server *s) {
 void nbd_server_free(struct nbd_server *s) {
     if (!s)
         return;
-    free(s->name);
-    free(s->description);
-    free(s->bitmaps);
+    while (!list_empty(&s->exports))
+        nbd_export_free(list_entry(s->exports.next, struct nbd_export, link));
+    nbd_tls_free(s->tls);
     free(s);
 }

@@ -23,6 +23,7 @@
 #include <sys/socket.h>
 #include "base/ck.h"
 #include "disk/io.h"
+#include "export/nbd/tls.h"
 
 #define RX_SMALL 1024u            /* gulp while large writes come */
 #define DIRECT_BYTES (32u * 1024) /* payloads from here on count as large */
@@ -67,8 +68,11 @@ void nbd_req_put(struct nbd_req *r) {
             left -= len;
         }
         c->budget += r->buf_total;
+        c->s->payload += r->buf_total;
         r->nbufs = 0;
         r->buf_total = 0;
+        if (c->s->payload_waiters)
+            waitq_wake_all(&c->s->payload_freed);
     }
     if (r->extra) {
         free(r->extra);
@@ -94,12 +98,13 @@ int nbd_req_buffers(struct nbd_req *r, uint32_t length) {
     }
     r->buf_total = length;
     r->c->budget -= length;
+    r->c->s->payload -= length;
     return 0;
 }
 
 int nbd_req_payload(struct nbd_req *r, struct iovec *iov) {
     if (!r->nbufs) {
-        iov[0] = (struct iovec){r->data, r->cmd.length};
+        iov[0] = (struct iovec){r->data, (size_t)r->cmd.length};
         return 1;
     }
     uint32_t left = r->buf_total;
@@ -118,12 +123,46 @@ static void uncork(struct nbd_client *c) {
     nbd_reply_flush(c);
 }
 
+ssize_t nbd_recv_now(struct nbd_client *c, void *buf, size_t len) {
+    if (!c->tls) {
+        ssize_t n;
+        do
+            n = recv(c->fd, buf, len, MSG_DONTWAIT);
+        while (n < 0 && errno == EINTR);
+        return n < 0 ? -errno : n;
+    }
+    ssize_t n = tls_take(c->tls, buf, len);
+    while (n == -EAGAIN) {
+        n = tls_fill_now(c->tls);
+        if (n >= 0)
+            n = tls_take(c->tls, buf, len);
+        else
+            break;
+    }
+    return n;
+}
+
+ssize_t nbd_recv_co(struct nbd_client *c, void *buf, size_t len) {
+    if (!c->tls)
+        return loop_recv_co(c->fd, buf, len);
+    ssize_t n = tls_take(c->tls, buf, len);
+    while (n == -EAGAIN && !c->closing) {
+        n = tls_fill_co(c->tls);
+        if (n >= 0)
+            n = tls_take(c->tls, buf, len);
+        else
+            break;
+    }
+    return n;
+}
+
 /* At most `len` bytes into `buf`, after sending what is due.  0: the peer has closed. */
 static ssize_t receive_co(struct nbd_client *c, void *buf, size_t len) {
     uncork(c);
     if (c->closing)
         return -ECANCELED;
-    ssize_t n = loop_recv_co(c->fd, buf, len);
+    ssize_t n = nbd_recv_co(c, buf, len);
+    c->alive_ns = loop_now_ns(c->s->loop);
     c->corked = true;
     return c->closing ? -ECANCELED : n;
 }
@@ -192,12 +231,21 @@ static struct nbd_req *req_get_co(struct nbd_client *c) {
     return list_entry(list_pop_front(&c->free_reqs), struct nbd_req, link);
 }
 
-/* Waits until the client may hold `length` more bytes. */
+/* Waits until the client, and all of them together, may hold `length` more bytes. */
 static void budget_wait_co(struct nbd_client *c, uint32_t length) {
-    while (c->budget < (long)length) {
+    struct nbd_server *s = c->s;
+    for (;;) {
+        bool own = c->budget < (long)length, all = s->payload < (long)length;
+        if (!own && !all)
+            return;
         uncork(c);
-        if (c->budget < (long)length)
+        if (c->budget < (long)length) {
             waitq_wait_co(&c->req_freed);
+        } else if (s->payload < (long)length) {
+            s->payload_waiters++;
+            waitq_wait_co(&s->payload_freed);
+            s->payload_waiters--;
+        }
         c->corked = true;
     }
 }
@@ -231,19 +279,20 @@ static void request_start_co(struct nbd_client *c, struct nbd_req *r) {
 
 /* Reads the payload of a write.  > 0: refused with that (as -errno in *error), payload consumed. */
 static int write_payload_co(struct nbd_client *c, struct nbd_req *r, int *error) {
-    uint32_t len = r->cmd.length;
+    uint64_t len = r->cmd.length;
     *error = 0;
     if (len > NBD_PAYLOAD_MAX) {
         if (len > DRAIN_MAX) {
-            nbd_log(c, "write of %u bytes, the maximum is %u", len, NBD_PAYLOAD_MAX);
+            nbd_log(c, "write of %llu bytes, the maximum is %u", (unsigned long long)len,
+                    NBD_PAYLOAD_MAX);
             return -EPROTO;
         }
         *error = -EINVAL;
-    } else if (c->s->read_only) {
+    } else if (c->x->base.read_only) {
         *error = -EPERM;
     } else if (len > SLOT_BYTES) {
-        budget_wait_co(c, len);
-        *error = nbd_req_buffers(r, len);
+        budget_wait_co(c, (uint32_t)len);
+        *error = nbd_req_buffers(r, (uint32_t)len);
     }
     if (*error)
         return rx_drain_co(c, len);
@@ -258,39 +307,99 @@ static int write_payload_co(struct nbd_client *c, struct nbd_req *r, int *error)
     return rc;
 }
 
+/*
+ * The payload form of block status: u64 length, then the ids of the contexts that are wanted.
+ * *error: -EINVAL for what the protocol does not allow; the payload is consumed in any case.
+ */
+static int status_payload_co(struct nbd_client *c, struct nbd_req *r, int *error) {
+    uint64_t len = r->cmd.length;
+    unsigned ids = len >= 8 ? (unsigned)((len - 8) / 4) : 0;
+    *error = -EINVAL;
+    if (len < 8 || len % 4 || ids > NBD_CONTEXTS_MAX)
+        return rx_drain_co(c, len);
+    int rc = rx_copy_co(c, r->data, len);
+    if (rc < 0)
+        return rc;
+    r->cmd.length = be64_load(r->data);
+    r->contexts = 0;
+    for (unsigned i = 0; i < ids; i++) {
+        uint32_t bit = be32_load(r->data + 8 + (size_t)i * 4) - 1;
+        if (bit >= NBD_CONTEXTS_MAX || !(c->contexts >> bit & 1) || r->contexts >> bit & 1)
+            return 0; /* unknown, or twice */
+        r->contexts |= (uint64_t)1 << bit;
+    }
+    *error = r->contexts ? 0 : -EINVAL;
+    return 0;
+}
+
+/*
+ * What follows the header, with extended headers: PAYLOAD_LEN says whether anything does.  As
+ * write_payload_co; a write that does not say it has no length that could be trusted.
+ */
+static int payload_co(struct nbd_client *c, struct nbd_req *r, int *error) {
+    bool has = r->cmd.flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+    *error = 0;
+    if (!c->extended)
+        return r->cmd.type == NBD_CMD_WRITE ? write_payload_co(c, r, error) : 0;
+    if (r->cmd.type == NBD_CMD_WRITE && !has) {
+        nbd_log(c, "a write without the payload flag of extended headers");
+        return -EPROTO;
+    }
+    if (!has)
+        return 0;
+    if (r->cmd.length > NBD_PAYLOAD_MAX) {
+        nbd_log(c, "payload of %llu bytes, the maximum is %u", (unsigned long long)r->cmd.length,
+                NBD_PAYLOAD_MAX);
+        return -EPROTO;
+    }
+    if (r->cmd.type == NBD_CMD_WRITE)
+        return write_payload_co(c, r, error);
+    if (r->cmd.type == NBD_CMD_BLOCK_STATUS)
+        return status_payload_co(c, r, error);
+    *error = -EINVAL;
+    return rx_drain_co(c, r->cmd.length);
+}
+
 /* One request off the buffer.  1, 0 on disconnect, -errno when the connection must end. */
 static int one_request_co(struct nbd_client *c) {
-    int rc = rx_need_co(c, NBD_REQUEST_BYTES);
+    size_t bytes = c->extended ? NBD_EXTENDED_REQUEST_BYTES : NBD_REQUEST_BYTES;
+    int rc = rx_need_co(c, bytes);
     if (rc <= 0)
         return rc;
     struct nbd_request cmd;
-    bool magic = nbd_request_decode(c->rx + c->rx_pos, &cmd);
+    bool magic = c->extended ? nbd_extended_request_decode(c->rx + c->rx_pos, &cmd)
+                             : nbd_request_decode(c->rx + c->rx_pos, &cmd);
     if (!magic) {
         nbd_log(c, "bad request magic 0x%08x", be32_load(c->rx + c->rx_pos));
         return -EPROTO;
     }
-    c->rx_pos += NBD_REQUEST_BYTES;
+    c->rx_pos += bytes;
     if (cmd.type == NBD_CMD_DISC)
         return 0;
 
     struct nbd_req *r = req_get_co(c);
     r->cmd = cmd;
     r->message = NULL;
-    c->turn_work += 1 + (cmd.type <= NBD_CMD_WRITE ? cmd.length >> 16 : 0);
-    if (cmd.type == NBD_CMD_WRITE) {
-        int error;
-        rc = write_payload_co(c, r, &error);
-        if (rc < 0) {
-            nbd_req_put(r);
-            return rc;
-        }
-        if (error) {
-            nbd_command_fail(r, error, error == -EPERM ? "the export is read-only" : NULL);
+    r->contexts = c->contexts;
+    c->requests++;
+    c->x->total_requests++;
+    c->turn_work += 1 + (cmd.type <= NBD_CMD_WRITE ? (unsigned)(cmd.length >> 16) & 0xffff : 0);
+    int error;
+    rc = payload_co(c, r, &error);
+    if (rc < 0) {
+        nbd_req_put(r);
+        return rc;
+    }
+    if (error) {
+        nbd_command_fail(r, error, error == -EPERM ? "the export is read-only" : NULL);
+        return 1;
+    }
+    if (cmd.type == NBD_CMD_READ && cmd.length > SLOT_BYTES && cmd.length <= NBD_PAYLOAD_MAX) {
+        budget_wait_co(c, (uint32_t)cmd.length);
+        if (nbd_req_buffers(r, (uint32_t)cmd.length) < 0) {
+            nbd_command_fail(r, -ENOMEM, NULL);
             return 1;
         }
-    } else if (cmd.type == NBD_CMD_READ && cmd.length > SLOT_BYTES &&
-               cmd.length <= NBD_PAYLOAD_MAX) {
-        budget_wait_co(c, cmd.length);
     }
     if (c->closing) {
         nbd_req_put(r);
@@ -305,6 +414,7 @@ int nbd_session_co(struct nbd_client *c) {
     c->budget = PAYLOAD_BUDGET;
     c->rx_want = RX_BYTES;
     c->corked = true;
+    c->alive_ns = loop_now_ns(c->s->loop);
     while (rc == 0) {
         if (c->turn_work >= TURN_WORK) {
             c->turn_work = 0;
