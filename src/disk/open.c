@@ -306,6 +306,10 @@ static int open_layer_co(const json_t *tree, const struct open_ctx *ctx,
     return h.r;
 }
 
+enum gate open_ctx_gate(const struct open_ctx *ctx) {
+    return ctx->req->gate;
+}
+
 bool node_wants_backing(const struct open_ctx *ctx) {
     const json_t *user = json_object_get(ctx->tree, "backing");
     return !(ctx->req->flags & OPEN_NO_BACKING) && !json_is_null(user) &&

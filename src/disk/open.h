@@ -94,6 +94,19 @@ int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e);
 /* False when the user asked for none. */
 bool node_wants_backing(const struct open_ctx *ctx);
 
+/* What the user allows names inside images to open. */
+enum gate open_ctx_gate(const struct open_ctx *ctx);
+/*
+ * For formats that say what the image below is (an identifier) and not where: looks at the first
+ * bytes of the regular files in the folder of n->file, and with GATE_LOCAL and GATE_ANY also in the
+ * folder above (snapshots lie in one of their own).  *name: what n->backing_name would be, owned;
+ * NULL: none matches, or the gate is GATE_NONE.  `match` runs on another thread.  -EINVAL: two match.
+ */
+#define FIND_HEAD_BYTES 512
+int node_find_beside_co(struct node *n, enum gate gate,
+                        bool (*match)(const uint8_t head[FIND_HEAD_BYTES], void *arg), void *arg,
+                        char **name, struct err *e);
+
 /*
  * Call after n->data_name is known, for an image whose guest bytes lie in a file of their own:
  * opens and sets n->data_file, by option data-file, else what the image claims, through the gate

@@ -145,11 +145,75 @@ def test_a_differencing_image_reads_through_the_parent_that_is_named(run, image,
     run("check", child)
 
 
-def test_a_differencing_image_alone_says_which_parent_it_wants(run, image, child):
-    p = run("io", "-r", "-c", "read 0 1k", child, status=1)
+def test_a_differencing_image_alone_says_which_parent_it_wants(run, image, child, tmp_path):
+    alone = tmp_path / "alone" / "child.vdi"
+    alone.parent.mkdir()
+    alone.write_bytes(child.read_bytes())
+    p = run("io", "-r", "-c", "read 0 1k", alone, status=1)
     wanted = json.loads(run("info", "--output=json", image).stdout)
-    assert wanted["format-specific"]["data"]["uuid"] in p.stderr
-    assert "parent-uuid" in run("info", "--output=json", child).stdout
+    assert wanted["format-specific"]["data"]["uuid"] in p.stderr and "backing.file.filename" in p.stderr
+    assert "parent-uuid" in run("info", "--output=json", alone).stdout
+
+
+def test_the_parent_is_found_beside_the_image(run, image, child):
+    script = ["-c", "read -q -P 49 0 1M", "-c", "read -q -P 0 1M 2M", "-c", "read -q -P 5 3M 2M"]
+    run("io", "-r", *script, child)
+    run("io", "-c", "write -q -z 3M 1M", "-c", "read -q -P 0 3M 1M", "-c", "read -q -P 5 4M 1M", child)
+    assert '"depth": 1' in run("map", "--output=json", child).stdout
+
+
+def test_the_gate_decides_where_the_parent_is_looked_for(run, image, child, tmp_path):
+    assert "--trust none" in run("io", "-r", "--trust", "none", "-c", "read 0 1k", child, status=1).stderr
+    inside = tmp_path / "Snapshots" / "child.vdi"
+    inside.parent.mkdir()
+    inside.write_bytes(child.read_bytes())
+    assert "no file beside it" in run("io", "-r", "-c", "read 0 1k", inside, status=1).stderr
+    run("io", "-r", "--trust", "local", "-c", "read -q -P 5 3M 2M", inside)
+    # A link in the folder is not looked at: it could lead anywhere.
+    (inside.parent / "link.vdi").symlink_to(image)
+    assert "no file beside it" in run("io", "-r", "-c", "read 0 1k", inside, status=1).stderr
+
+
+def test_two_files_that_could_be_the_parent_are_named(run, image, child, tmp_path):
+    (tmp_path / "copy.vdi").write_bytes(image.read_bytes())
+    error = run("io", "-r", "-c", "read 0 1k", child, status=1).stderr
+    assert "copy.vdi" in error and image.name in error
+
+
+def test_zeros_written_without_the_parent_hide_it_too(run, image, child):
+    run("io", "-c", "write -q -z 3M 1M", json_alone(child))
+    run("io", "-r", "-c", "read -q -P 0 3M 1M", "-c", "read -q -P 5 4M 1M", child)
+
+
+def json_alone(path):
+    return "json:" + json.dumps({"driver": "vdi", "backing": None, "file": {"filename": str(path)}})
+
+
+def test_a_differencing_image_is_made_over_its_parent(run, image, tmp_path):
+    path = tmp_path / "new.vdi"
+    run("create", "-q", "-f", "vdi", "-b", image.name, "-F", "vdi", path)
+    run("io", "-c", "read -q -P 5 3M 2M", "-c", "write -q -P 6 4M 1k", path)
+    run("io", "-r", "-c", "read -q -P 5 3M 1M", "-c", "read -q -P 6 4M 1k", "-c", "read -q -P 5 4097k 1023k", path)
+    run("check", path)
+    assert field(path, "type") == 4
+    # The parent as it was: after a write it is another image.
+    run("io", "-c", "write -q -P 1 9M 1M", image)
+    assert "unchanged" in run("io", "-r", "-c", "read 0 1k", path, status=1).stderr
+
+
+def test_a_parent_of_another_format_cannot_be_recorded(run, tmp_path):
+    run("create", "-q", "-f", "qcow2", tmp_path / "b", "10M")
+    p = run("create", "-q", "-f", "vdi", "-b", "b", "-F", "qcow2", tmp_path / "c", status=1)
+    assert "not qcow2" in p.stderr and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kind", [2, 3])
+def test_fixed_and_undo_images_are_read_and_written(run, image, kind):
+    patch(image, AT["type"], kind)
+    run("io", "-c", "read -q -P 5 3M 2M", "-c", "write -q -P 7 1M 1M", "-c", "read -q -P 7 1M 1M", "-c",
+        "read -q -P 0 0 1M", image)
+    run("check", image)
+    assert {2: "fixed", 3: "undo"}[kind] in run("info", image).stdout
 
 
 def test_another_parent_is_refused(run, tmp_path, child):

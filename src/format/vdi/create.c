@@ -14,6 +14,7 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "base/cleanup.h"
 #include "disk/io.h"
 #include "disk/open.h"
 #include "format/vdi/vdi.h"
@@ -29,6 +30,10 @@ const struct opt vdi_create_opt_table[] = {
     OPT_ENUM(struct vdi_create_opts, preallocation, "preallocation", OPT_CREATE, PREALLOC_OFF,
              prealloc_names,
              "metadata: as static; falloc: and its space reserved; full: and written with zeros"),
+    OPT_STR(struct vdi_create_opts, backing_file, "backing_file", OPT_CREATE,
+            "the parent, a VDI image: a differencing image"),
+    OPT_STR(struct vdi_create_opts, backing_fmt, "backing_fmt", OPT_CREATE,
+            "format of the parent: vdi"),
     OPT_END,
 };
 
@@ -84,6 +89,33 @@ static int make_header(const struct vdi_create_opts *o, const struct layout *l, 
     return 0;
 }
 
+/* Names the parent, as it is now, in the header. */
+static int name_parent_co(const struct vdi_create_opts *o, const char *image, uint8_t *buf,
+                          struct err *e) {
+    if (is_fixed(o))
+        return err_set(e, EINVAL,
+                       "a differencing image holds what differs: neither static nor "
+                       "preallocated");
+    if (o->backing_fmt && strcmp(o->backing_fmt, "vdi"))
+        return err_set(e, ENOTSUP,
+                       "the parent of a VDI image is a VDI image (it is named by its UUID), not %s",
+                       o->backing_fmt);
+    AUTO_FREE char *resolved = backing_resolve(image, o->backing_file, e);
+    if (!resolved)
+        return -EINVAL;
+    struct open_req req = {
+        .name = resolved, .format = "vdi", .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
+    struct node *parent;
+    int r = node_open_co(&req, &parent, e);
+    if (r < 0)
+        return err_prefix(e, "the parent of a differencing image");
+    memcpy(buf + VDI_AT_UUID_PARENT, vdi_of(parent)->h.uuid, 16);
+    memcpy(buf + VDI_AT_UUID_PARENT_MODIFIED, vdi_of(parent)->h.uuid_modified, 16);
+    le32_store(buf + VDI_AT_TYPE, VDI_DIFF);
+    node_unref_co(parent);
+    return 0;
+}
+
 /* Entries [from, to) of the map at `offset`: all free, or each its own block. */
 static int write_map_co(struct node *file, uint64_t offset, uint32_t from, uint32_t to,
                         bool identity) {
@@ -108,6 +140,8 @@ int vdi_create_co(struct node *file, const void *create_opts, struct create_ctx 
     int r = layout_compute(o, o->size, &l, e);
     if (!r)
         r = make_header(o, &l, header, e);
+    if (!r && o->backing_file)
+        r = name_parent_co(o, ctx ? ctx->name : NULL, header, e);
     if (r)
         return r;
     uint64_t data = is_fixed(o) ? (uint64_t)l.blocks * o->block_size : 0;

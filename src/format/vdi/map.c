@@ -216,6 +216,7 @@ void vdi_abandon(struct node *n, const struct placement *p) {
 /* Blocks have no gaps, so one that is there stays: its bytes are zeroed where they lie. */
 int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     struct vdi *s = vdi_of(n);
+    bool below = n->backing || vdi_has_parent(&s->h); /* open or not */
     zero_flags = in_place_zero_flags(n, zero_flags);
     for (uint64_t done = 0; done < length;) {
         struct extent x;
@@ -224,7 +225,7 @@ int vdi_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned z
             r = vdi_map_co(n, offset + done, length - done, &x);
         if (!r && x.kind == EXTENT_DATA)
             r = disk_zero_co(s->file, x.host_offset, x.length, zero_flags);
-        for (uint64_t at = 0; !r && x.kind == EXTENT_HOLE && n->backing && at < x.length;
+        for (uint64_t at = 0; !r && x.kind == EXTENT_HOLE && below && at < x.length;
              at += s->h.block_size) {
             struct page *page;
             uint8_t *entry;

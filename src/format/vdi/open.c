@@ -7,6 +7,7 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
+#include "base/cleanup.h"
 #include "disk/io.h"
 #include "disk/open.h"
 #include "format/in_place.h"
@@ -145,26 +146,48 @@ static int open_header_co(struct node *n, struct err *e) {
     return 0;
 }
 
-/* A differencing image names its parent by UUID only: which file that is, the user says. */
+/* The parent, as it was when the child was made: any change gives it another modification UUID. */
+static bool is_parent(const uint8_t head[FIND_HEAD_BYTES], void *arg) {
+    const struct vdi_header *child = arg;
+    struct vdi_header h;
+    return le32_load(head + VDI_AT_SIGNATURE) == VDI_SIGNATURE &&
+           !vdi_header_parse(head, &h, NULL) && !memcmp(h.uuid, child->uuid_parent, 16) &&
+           (vdi_uuid_is_null(child->uuid_parent_modified) ||
+            !memcmp(h.uuid_modified, child->uuid_parent_modified, 16));
+}
+
+/*
+ * A differencing image names its parent by UUID only.  Which file that is the user says, or one of
+ * those beside the image has it.
+ */
 static int open_parent_co(struct node *n, struct open_ctx *ctx, struct err *e) {
-    const struct vdi *s = vdi_of(n);
+    struct vdi *s = vdi_of(n);
     int r = node_open_backing_co(n, ctx, e);
-    if (r || vdi_uuid_is_null(s->h.uuid_parent))
+    if (r || !vdi_has_parent(&s->h))
         return r;
-    char id[37];
+    char id[37], other[37];
     vdi_uuid_text(s->h.uuid_parent, id);
-    if (!n->backing && !(n->flags & NODE_CHECK) && node_wants_backing(ctx)) {
-        err_set(e, ENOTSUP,
-                "a differencing image: what it does not hold lies in the image with "
-                "UUID %s",
-                id);
-        err_hint(e, "name that image: backing.file.filename=FILE");
-        return -ENOTSUP;
+    if (!n->backing && !(n->flags & (NODE_CHECK | NODE_LOOK)) && node_wants_backing(ctx)) {
+        r = node_find_beside_co(n, open_ctx_gate(ctx), is_parent, &s->h, &n->backing_name, e);
+        if (!r && n->backing_name) {
+            n->backing_format = xstrdup("vdi");
+            r = node_open_backing_co(n, ctx, e);
+        } else if (!r) {
+            err_set(e, ENOTSUP,
+                    "a differencing image: what it does not hold lies in the image with UUID %s, "
+                    "and no file beside it %s",
+                    id,
+                    open_ctx_gate(ctx) == GATE_NONE ? "may be looked at (--trust none)"
+                                                    : "is that one, unchanged");
+            err_hint(e, "name that image: backing.file.filename=FILE");
+            return -ENOTSUP;
+        }
+        if (r)
+            return r;
     }
-    if (n->backing && n->backing->drv == n->drv) {
+    if (n->backing && n->backing->drv == n->drv && !vdi_uuid_is_null(s->h.uuid_parent)) {
         const struct vdi *parent = vdi_of(n->backing);
         if (memcmp(parent->h.uuid, s->h.uuid_parent, 16)) {
-            char other[37];
             vdi_uuid_text(parent->h.uuid, other);
             return err_set(e, EINVAL, "'%s' has UUID %s, the parent is %s", n->backing->filename,
                            other, id);

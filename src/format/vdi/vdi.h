@@ -84,6 +84,11 @@ int vdi_header_parse(const uint8_t *buf, struct vdi_header *h, struct err *e);
 void vdi_uuid_text(const uint8_t *uuid, char out[37]);
 bool vdi_uuid_is_null(const uint8_t *uuid);
 
+/* What it does not hold lies in another image. */
+static inline bool vdi_has_parent(const struct vdi_header *h) {
+    return h->type == VDI_DIFF || !vdi_uuid_is_null(h->uuid_parent);
+}
+
 /* A block that was made room for and then not used, to be taken again. */
 struct vdi_spare {
     uint32_t index, count;
@@ -133,6 +138,7 @@ struct vdi_create_opts {
     uint64_t size, block_size;
     bool fixed;
     int preallocation;
+    char *backing_file, *backing_fmt;
 };
 extern const struct opt vdi_create_opt_table[];
 int vdi_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
