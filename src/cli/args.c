@@ -142,9 +142,9 @@ static int take_value(struct verb_ctx *ctx, struct cursor *c, const struct cli_o
     return 0;
 }
 
-static int unknown_long(struct verb_ctx *ctx, const char *name) {
+static int unknown_long(struct verb_ctx *ctx, const char *name, const char *word) {
     if (dialect_is_qemu())
-        return dialect_usage(ctx, "unrecognized option '--%s'", name);
+        return dialect_usage(ctx, "unrecognized option '--%s'", word);
     struct str_nearest near = {0};
     for_each_row(o, ctx->verb) if (o->name) str_nearest_offer(&near, name, o->name);
     str_nearest_offer(&near, name, "help");
@@ -166,7 +166,8 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     char *arg = c->argv[c->i] + 2, *eq = strchr(arg, '=');
     char *name AUTO_FREE = xstrndup(arg, eq ? (size_t)(eq - arg) : strlen(arg));
     const struct cli_opt *row = NULL;
-    for_each_row(o, ctx->verb) if (o->name && !strcmp(o->name, name)) row = o;
+    for_each_row(o, ctx->verb) if (o->name && !strcmp(o->name, name) &&
+                                   !dialect_hides(ctx->verb, o)) row = o;
     if (!row)
         row = dialect_row(ctx->verb, 0, name);
     if (!row && !eq && !strcmp(name, "help")) {
@@ -178,7 +179,7 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
     if (!row && dialect_is_qemu() && !strcmp(name, "object"))
         return parse_object(ctx, c, eq);
     if (!row)
-        return unknown_long(ctx, name);
+        return unknown_long(ctx, name, arg);
     char *shown AUTO_FREE = xasprintf("--%s", name), *value = NULL;
     if (!takes_value(row)) {
         if (eq)
@@ -194,7 +195,7 @@ static int parse_long(struct verb_ctx *ctx, struct cursor *c) {
 static int parse_letters(struct verb_ctx *ctx, struct cursor *c) {
     for (char *p = c->argv[c->i] + 1; *p; p++) {
         const struct cli_opt *row = NULL;
-        for_each_row(o, ctx->verb) if (o->letter == *p) row = o;
+        for_each_row(o, ctx->verb) if (o->letter == *p && !dialect_hides(ctx->verb, o)) row = o;
         if (!row)
             row = dialect_row(ctx->verb, *p, NULL);
         if (!row && *p == 'h') {

@@ -106,13 +106,14 @@ int cli_print_create_help(struct verb_ctx *ctx, const char *format) {
         puts("Supported options:");
     else
         printf(cli_words("Options for creating %s images:\n", "Supported %s options:\n"), d->name);
-    if (dialect_option_help(d->create_opts, OPT_CREATE, file)) {
+    if (dialect_option_help(d, OPT_CREATE, file)) {
         if (!file)
             puts("\nThe protocol level may support further options.\n"
                  "Specify the target filename to include those options.");
         return 0;
     }
     opt_print_help(d->create_opts, OPT_CREATE, stdout);
+    opt_print_help(create_file_rows, OPT_CREATE, stdout);
     return 0;
 }
 

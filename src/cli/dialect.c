@@ -13,6 +13,7 @@
 #include "cli/dialect.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,6 +51,30 @@ static const struct {
     {NULL, 0, NULL, NULL},
 };
 
+/* Rows that are ours alone: of one verb, or (NULL) of all.  A name, or a letter behind a dash. */
+static const struct {
+    const char *verb, *name;
+} own_rows[] = {
+    {NULL, "trust"},         {NULL, "progress"},      {"amend", "shrink"},  {"bitmap", "list"},
+    {"bitmap", "cache"},     {"bitmap", "output"},    {"bitmap", "force-share"},
+    {"check", "cache"},      {"check", "-p"},         {"dd", "cache"},      {"info", "cache"},
+    {"map", "cache"},        {"measure", "cache"},    {"measure", "scan"},  {"resize", "cache"},
+    {"resize", "force-share"}, {"snapshot", "cache"}, {"snapshot", "output"},
+    {NULL, NULL},
+};
+
+bool dialect_hides(const struct verb *v, const struct cli_opt *o) {
+    if (!called_as || strcmp(called_as, "qemu-img"))
+        return false;
+    for (int i = 0; own_rows[i].name; i++) {
+        const char *name = own_rows[i].name;
+        bool hit = *name == '-' ? o->letter == name[1] : o->name && !strcmp(o->name, name);
+        if (hit && (!own_rows[i].verb || !strcmp(own_rows[i].verb, v->name)))
+            return true;
+    }
+    return false;
+}
+
 static const struct cli_opt *row_named(const struct verb *v, const char *name) {
     for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++)
         if (o->name && !strcmp(o->name, name))
@@ -75,13 +100,25 @@ const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name
     if (!called_as || !len)
         return NULL;
     for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++) {
-        if (!o->name || strncmp(o->name, name, len))
+        if (!o->name || strncmp(o->name, name, len) || dialect_hides(v, o))
             continue;
         if (found)
             return NULL;
         found = o;
     }
     return found;
+}
+
+/* compare has statuses of its own for some mistakes. */
+static int misuse_status = 1;
+
+int dialect_misuse_status(void) {
+    return misuse_status;
+}
+
+static void value_status(const struct verb_ctx *ctx) {
+    if (ctx->verb && ctx->verb->error_status)
+        misuse_status = ctx->verb->error_status;
 }
 
 int dialect_object(struct verb_ctx *ctx, const char *definition) {
@@ -92,6 +129,7 @@ int dialect_object(struct verb_ctx *ctx, const char *definition) {
     for (int i = 0; types[i]; i++)
         if (strlen(types[i]) == len && !strncmp(types[i], type, len))
             return 0;
+    value_status(ctx);
     return err_set(&ctx->err, EINVAL, "Parameter 'qom-type' does not accept value '%.*s'", (int)len,
                    type);
 }
@@ -124,6 +162,14 @@ int dialect_bad_positionals(struct verb_ctx *ctx) {
         return err_set(&ctx->err, EINVAL, "At most one filename argument is allowed.");
     if (!strcmp(verb, "amend"))
         return err_set(&ctx->err, EINVAL, "Expecting one image file name");
+    if (!strcmp(verb, "check") && !ctx->pos_n) {
+        /* The file is taken for the value of -r when that was forgotten. */
+        const struct cli_opt *o = row_named(ctx->verb, "repair");
+        const char *what = *(const char **)((char *)ctx->args + o->offset);
+        if (what && strcmp(what, "leaks") && strcmp(what, "all"))
+            return dialect_usage(
+                ctx, "Unknown option value for -r (expecting 'leaks' or 'all'): %s", what);
+    }
     if (!strcmp(verb, "create"))
         return dialect_usage(ctx, "Unexpected argument: %s", ctx->pos[2]);
     if (!strcmp(verb, "resize") && ctx->pos_n < 2)
@@ -160,6 +206,13 @@ int dialect_bad_size(struct verb_ctx *ctx, const char *text) {
     err_hint(&ctx->err, SECOND "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, "
                                "tera-, peta-\nand exabytes, respectively.");
     return rc;
+}
+
+int dialect_sparse_size(struct verb_ctx *ctx) {
+    return err_set(&ctx->err, EINVAL,
+                   "Invalid buffer size for sparse output specified. Valid sizes are multiples of "
+                   "512 up to %d. Select 0 to disable sparse detection (fully allocates output).",
+                   16 << 20);
 }
 
 int dialect_bad_number(struct verb_ctx *ctx, const char *what) {
@@ -212,7 +265,7 @@ static const struct {
     {"bench", "count", false, "Invalid request count specified"},
     {"bench", "depth", false, "Invalid queue depth specified"},
     {"bench", "buffer-size", true, "buffer size"},
-    {"bench", "step-size", true, "step size"},
+    {"bench", "step-size", true, "step_size"},
     {"bench", "offset", true, "offset"},
     {"bench", "pattern", false, "Invalid pattern byte specified"},
     {"bench", "flush-interval", false, "Invalid flush interval specified"},
@@ -220,13 +273,31 @@ static const struct {
     {NULL, NULL, false, NULL},
 };
 
+/* A size that can be read, but is too large for the option. */
+static int bad_size_value(struct verb_ctx *ctx, const struct cli_opt *o, const char *value,
+                          const char *what) {
+    long double v = rough_size(value);
+    uint64_t max = o->max < INT64_MAX - 1 ? o->max : INT64_MAX;
+    if (v < 0 || (v <= (long double)max))
+        return dialect_bad_number(ctx, what);
+    err_clear(&ctx->err);
+    if (!strcmp(o->name, "sparse-size")) {
+        if (v < 0x1p63L)
+            return dialect_sparse_size(ctx);
+        max = INT64_MAX;
+    }
+    return err_set(&ctx->err, EINVAL, "Invalid %s specified. Must be between 0 and %" PRIu64 ".",
+                   what, max);
+}
+
 int dialect_bad_value(struct verb_ctx *ctx, const struct cli_opt *o, const char *value) {
     for (int i = 0; values[i].name; i++) {
         if (!o->name || strcmp(values[i].name, o->name) ||
             (values[i].verb && strcmp(values[i].verb, ctx->verb->name)))
             continue;
+        value_status(ctx);
         if (values[i].number)
-            return dialect_bad_number(ctx, values[i].text);
+            return bad_size_value(ctx, o, value, values[i].text);
         const char *hole = strstr(values[i].text, "%s");
         err_clear(&ctx->err);
         return hole ? err_set(&ctx->err, EINVAL, "%.*s%s%s", (int)(hole - values[i].text),
@@ -267,6 +338,8 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
         strbuf_puts(b, why);
     else if (strstr(text, "force-share only goes with read-only"))
         strbuf_puts(b, "force-share=on can only be used with read-only images");
+    else if (!*name && strstr(text, "option filename is missing"))
+        strbuf_puts(b, "The 'file' block driver requires a file name");
     else if ((why = behind(text, "is not a device, as the driver '")))
         strbuf_printf(b, "'%.*s' driver requires '%s' to be either a character or block device",
                       (int)strcspn(why, "'"), why, name);

@@ -39,6 +39,8 @@ int dialect_nbd_main(int argc, char **argv);
 /* ---- for args.c and common.c ---- */
 /* Letters and names that this verb has only there.  NULL: none such. */
 const struct cli_opt *dialect_row(const struct verb *v, char letter, const char *name);
+/* A row that only strata has: unknown there. */
+bool dialect_hides(const struct verb *v, const struct cli_opt *o);
 /* The row that `name` abbreviates, when it is the only one. */
 const struct cli_opt *dialect_abbreviated(const struct verb *v, const char *name);
 /*
@@ -72,10 +74,10 @@ void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *be
 /* An option of -o was refused: "Invalid parameter 'x'". */
 int dialect_options_error(struct verb_ctx *ctx);
 /*
- * Prints an option table in that program's form, with what files have of their own when `file`.
+ * Prints the create or amend options of a format in that program's form, with what files have of their own when `file`.
  * False: we are not called by its name, nothing was printed.
  */
-bool dialect_option_help(const struct opt *table, unsigned when, bool file);
+bool dialect_option_help(const struct driver *d, unsigned when, bool file);
 /* A text of -o as a whole; false with an error.  Always true under our own name. */
 bool dialect_option_list_ok(struct verb_ctx *ctx, const char *text);
 /* That program's sentence for one of ours, when it has another; else NULL. */
@@ -83,6 +85,10 @@ const char *dialect_sentence(const struct verb *v, const char *text);
 /* Rewrites the error of amend; `tree`: its -o options. */
 void dialect_amend_error(struct verb_ctx *ctx, const struct driver *d, const json_t *tree);
 int dialect_bad_size(struct verb_ctx *ctx, const char *text);
+/* -S of convert is out of its range. */
+int dialect_sparse_size(struct verb_ctx *ctx);
+/* The exit status for what cli_parse has refused. */
+int dialect_misuse_status(void);
 int dialect_bad_number(struct verb_ctx *ctx, const char *what);
 /* A line that is printed behind the error, there only. */
 void dialect_second_line(struct err *e, const char *text);

@@ -16,6 +16,7 @@
 #include "base/strbuf.h"
 #include "cli/dialect.h"
 #include "disk/driver.h"
+#include "disk/open.h"
 
 #define SECOND "\001"
 #define SIZE_SUFFIXES                                                                              \
@@ -41,10 +42,30 @@ static const struct shown qcow2_keys[] = {
     {"data_file_raw", NULL},
     {"lazy_refcounts", "off"},
     {"refcount_bits", "16"},
+    {"nocow", NULL},
+    {"extent_size_hint", NULL},
     {NULL, NULL},
 };
+/* Defaults that are shown of other formats, behind the size and what was given with -b and -F. */
+static const struct {
+    const char *format, *key, *def;
+} other_keys[] = {
+    {"vdi", "static", "off"},
+    {"qed", "cluster_size", "65536"},
+    {"parallels", "cluster_size", "1048576"},
+    {"vmdk", "compat6", "off"},
+    {"vmdk", "hwversion", "undefined"},
+    {"vhdx", "log_size", "1048576"},
+    {"vhdx", "block_size", "0"},
+    {NULL, NULL, NULL},
+};
+
+/* What the last line was about; for the words of a refusal. */
+static const struct driver *announced;
 
 static bool is_size(const struct driver *d, const char *key) {
+    if (!strcmp(key, "extent_size_hint"))
+        return true;
     for (const struct opt *o = d->create_opts; o && o->name; o++)
         if (!strcmp(o->name, key))
             return o->type == OPT_T_SIZE;
@@ -77,8 +98,17 @@ static void print_line(const char *name, const struct driver *d, const json_t *t
     } else {
         const char *key;
         json_t *v;
-        print_pair(d, "size", json_object_get(tree, "size"));
-        json_object_foreach((json_t *)tree, key, v) if (strcmp(key, "size")) print_pair(d, key, v);
+        static const char *const first[] = {"size", "backing_file", "backing_fmt"};
+        for (int i = 0; i < 3; i++)
+            if ((v = json_object_get(tree, first[i])))
+                print_pair(d, first[i], v);
+        for (int i = 0; other_keys[i].format; i++)
+            if (!strcmp(other_keys[i].format, d->name) && !json_object_get(tree, other_keys[i].key))
+                printf(" %s=%s", other_keys[i].key, other_keys[i].def);
+        json_object_foreach((json_t *)tree, key, v) {
+            if (strcmp(key, first[0]) && strcmp(key, first[1]) && strcmp(key, first[2]))
+                print_pair(d, key, v);
+        }
     }
     putchar('\n');
     fflush(stdout); /* in front of what goes to standard error */
@@ -100,12 +130,15 @@ int dialect_create_announce(struct verb_ctx *ctx, const struct driver *d, const 
                             bool quiet) {
     if (!dialect_is_qemu())
         return 0;
+    announced = d;
     void *filled = xcalloc(1, d->create_opts_size ? d->create_opts_size : 1);
     struct err e AUTO_ERR = ERR_INIT;
-    int rc = opt_fill(d->create_opts, tree, OPT_CREATE, NULL, filled, &e);
+    int rc = opt_fill(d->create_opts, tree, OPT_CREATE, create_file_keys, filled, &e);
     if (rc == 0)
         opt_free(d->create_opts, filled);
     free(filled);
+    if (rc == 0)
+        rc = create_file_options(tree, NULL, &e);
     if (rc < 0 && is_unreadable(&e)) {
         err_move(&ctx->err, &e);
         return rc;
@@ -138,6 +171,11 @@ static char *option_reason(const char *text, const char **second) {
     if (!at)
         return NULL;
     char *key AUTO_FREE = word(at);
+    bool range = !strstr(text, "is not a size") && !strstr(text, "expected a number");
+    if (announced && !strcmp(announced->name, "qed") && range && !strcmp(key, "cluster_size"))
+        return xstrdup("QED cluster size must be within range [4096, 67108864] and power of 2");
+    if (announced && !strcmp(announced->name, "qed") && range && !strcmp(key, "table_size"))
+        return xstrdup("QED table size must be within range [1, 16] and power of 2");
     if (!strcmp(key, "cluster_size") && !strstr(text, "is not a size"))
         return xstrdup("Cluster size must be a power of two between 512 and 2048k");
     if (!strcmp(key, "refcount_bits"))
@@ -239,6 +277,13 @@ static char *file_reason(const struct err *e, const char *name, const char *text
         char *fmt AUTO_FREE = word(text + 16);
         return xasprintf("Unknown file format '%s'", fmt);
     }
+    if ((why = behind(text, " does not apply to format '"))) {
+        char *fmt AUTO_FREE = word(why);
+        return xasprintf("Backing %s not supported for file format '%s'",
+                         text[1] == 'b' ? "file" : "format", fmt);
+    }
+    if (announced && strstr(text, "disk size ") && strstr(text, " is above the limit of "))
+        return xasprintf("The image size is too large for file format '%s'", announced->name);
     if (!strcmp(text, "is a directory"))
         return xasprintf("Could not create '%s': Is a directory", name);
     if (!strcmp(text, "the file name is empty"))

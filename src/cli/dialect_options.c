@@ -20,18 +20,31 @@
 
 /* ---------------------------------------------------------------- tables */
 
+/* `format`: what only that one says of the key; those rows stand before the one for all. */
 struct row {
-    const char *key, *type, *help;
+    const char *key, *type, *help, *format;
 };
 #define STR "str"
 #define BOOL "bool (on/off)"
 #define SIZE "size"
 #define NUM "num"
 static const struct row rows[] = {
+    {"adapter_type", STR,
+     "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"},
     {"backing_file", STR, "File name of a base image"},
+    {"backing_fmt", STR, "Format of the backing image", "qcow"},
+    {"backing_fmt", STR, "Must be 'vmdk' if present", "vmdk"},
     {"backing_fmt", STR, "Image format of the base image"},
+    {"block_size", SIZE,
+     "Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size."},
+    {"block_state_zero", BOOL,
+     "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' "
+     "when using 'qemu-img convert' with subformat=dynamic."},
+    {"cluster_size", SIZE, "Cluster size (in bytes)", "qed"},
+    {"cluster_size", SIZE, "Parallels image cluster size", "parallels"},
     {"cluster_size", SIZE, "qcow2 cluster size"},
     {"compat", STR, "Compatibility level (v2 [0.10] or v3 [1.1])"},
+    {"compat6", BOOL, "VMDK version 6 image"},
     {"compression_type", STR, "Compression method used for image cluster compression"},
     {"data_file", STR, "File name of an external data file"},
     {"data_file_raw", BOOL, "The external data file must stay valid as a raw image"},
@@ -52,12 +65,30 @@ static const struct row rows[] = {
      "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"},
     {"extended_l2", BOOL, "Extended L2 tables"},
     {"extent_size_hint", SIZE, "Extent size hint for the image file, 0 to disable"},
+    {"force_size", BOOL,
+     "Force disk size calculation to use the actual size specified, rather than using the nearest "
+     "CHS-based calculation"},
+    {"hwversion", STR, "VMDK hardware version"},
     {"lazy_refcounts", BOOL, "Postpone refcount updates"},
+    {"log_size", SIZE, "Log size; min 1MB."},
     {"nocow", BOOL, "Turn off copy-on-write (valid only on btrfs)"},
     {"preallocation", STR, "Preallocation mode (allowed values: off, metadata, falloc, full)"},
     {"refcount_bits", NUM, "Width of a reference count entry in bits"},
+    {"size", SIZE, "Virtual disk size; max of 64TB.", "vhdx"},
     {"size", SIZE, "Virtual disk size"},
-    {NULL, NULL, NULL},
+    {"static", BOOL, "VDI static (pre-allocated) image"},
+    {"subformat", STR,
+     "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ", "vpc"},
+    {"subformat", STR,
+     "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | "
+     "twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
+     "vmdk"},
+    {"subformat", STR, "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
+     "vhdx"},
+    {"table_size", SIZE, "L1/L2 table size (in clusters)"},
+    {"toolsversion", STR, "VMware guest tools version"},
+    {"zeroed_grain", BOOL, "Enable efficient zero writes using the zeroed-grain GTE feature"},
+    {NULL, NULL, NULL, NULL},
 };
 
 static bool has_row(const struct opt *table, unsigned when, const char *key) {
@@ -67,18 +98,31 @@ static bool has_row(const struct opt *table, unsigned when, const char *key) {
     return false;
 }
 
-bool dialect_option_help(const struct opt *table, unsigned when, bool file) {
+/* A key that the format has only here. */
+static bool is_own_key(const char *format, const char *key) {
+    if (!strcmp(key, "block_size") && !strcmp(format, "vdi"))
+        return true;
+    return !strcmp(key, "preallocation") && strcmp(format, "qcow2") && strcmp(format, "raw");
+}
+
+bool dialect_option_help(const struct driver *d, unsigned when, bool file) {
     static const char *const of_files[] = {"extent_size_hint", "nocow", "preallocation", NULL};
+    const struct opt *table = when == OPT_AMEND ? d->amend_opts : d->create_opts;
     if (!dialect_is_qemu())
         return false;
+    bool raw = !strcmp(d->name, "raw"), qcow2 = !strcmp(d->name, "qcow2");
+    const char *said = "";
     for (const struct row *r = rows; r->key; r++) {
-        bool raw = !has_row(table, when, "cluster_size"), shown = has_row(table, when, r->key);
+        bool shown = has_row(table, when, r->key) && !is_own_key(d->name, r->key);
+        if (r->format ? strcmp(r->format, d->name) != 0 : !strcmp(said, r->key))
+            continue;
+        said = r->key;
         /* Of raw images it is the file that knows these. */
         for (int i = 0; of_files[i]; i++)
             if (!strcmp(of_files[i], r->key))
                 shown = file || (shown && !raw);
         const char *help = r->help;
-        if (raw && !strcmp(r->key, "preallocation"))
+        if (!qcow2 && !strcmp(r->key, "preallocation"))
             help = "Preallocation mode (allowed values: off, falloc, full)";
         struct strbuf b AUTO_STRBUF = STRBUF_INIT;
         strbuf_printf(&b, "  %s=<%s>", r->key, r->type);
@@ -140,7 +184,10 @@ static const struct {
      "The image size is too large for file format 'qcow2' (try using a larger cluster size)"},
     {NULL, "SIZE and -o size=... say the same", "The image size must be specified only once"},
     {NULL, "preallocation=metadata does not apply to", "Unsupported preallocation mode: metadata"},
-    {NULL, "-b does not apply to format 'raw'", "Backing file not supported for file format 'raw'"},
+    {"resize", "' cannot change its size", "Image format driver does not support resize"},
+    {"resize", "a QED image cannot shrink", "Shrinking images is currently not supported"},
+    {"resize", " image cannot shrink; convert it", "Image format driver does not support resize"},
+    {"convert", " cannot hold compressed data", "Compression not supported for this file format"},
     {NULL, "a version 2 image with internal snapshots cannot change its size",
      "Can't resize a v2 image which has snapshots"},
     {"convert", ", too few for the ", "output file is smaller than input file"},

@@ -133,7 +133,7 @@ int cli_verb_main(const struct verb *v, int argc, char **argv) {
             err_hint(&ctx.err, "see 'strata %s --help'", v->name);
         status = report(&ctx, rc);
         if (dialect_is_qemu())
-            status = 1; /* whatever the verb's own statuses say */
+            status = dialect_misuse_status(); /* whatever the verb's own statuses say */
     } else if (help) {
         cli_help_verb(v, stdout);
         status = 0;

@@ -51,7 +51,7 @@ static int print_help_for(struct verb_ctx *ctx, const struct driver *d, const ch
                        d->name);
     printf(cli_words("Options of %s images that can be changed:\n", "Amend options for '%s':\n"),
            d->name);
-    if (!dialect_option_help(d->amend_opts, OPT_AMEND, false))
+    if (!dialect_option_help(d, OPT_AMEND, false))
         opt_print_help(d->amend_opts, OPT_AMEND, stdout);
     return 0;
 }

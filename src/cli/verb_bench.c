@@ -41,7 +41,7 @@ static const struct cli_opt opts[] = {
     CLI_IMAGE_ROWS(struct args, image),
     CLI_U64(struct args, count, 'c', "count", "N", 75000, 0, INT32_MAX, "number of requests"),
     CLI_U64(struct args, depth, 'd', "depth", "N", 64, 1, DEPTH_MAX, "requests in flight"),
-    CLI_SIZE(struct args, buffer, 's', "buffer-size", "SIZE", 4096, 1, INT32_MAX,
+    CLI_SIZE(struct args, buffer, 's', "buffer-size", "SIZE", 4096, 0, INT32_MAX,
              "bytes of a request"),
     CLI_SIZE(struct args, step, 'S', "step-size", "SIZE", 0, 0, INT32_MAX,
              "from one request to the next (default: their size)"),

@@ -99,11 +99,7 @@ static bool says_backing_format(const struct convert_args *a) {
 static int check_args_qemu(struct verb_ctx *ctx, const struct convert_args *a) {
     bool sparse = a->sparse != SPARSE_DEFAULT;
     if (a->sparse % 512 || a->sparse > SPARSE_MAX_QEMU)
-        return err_set(&ctx->err, EINVAL,
-                       "Invalid buffer size for sparse output specified. Valid sizes are multiples "
-                       "of 512 up to %d. Select 0 to disable sparse detection (fully allocates "
-                       "output).",
-                       SPARSE_MAX_QEMU);
+        return dialect_sparse_size(ctx);
     if (a->offload && (a->compress || sparse))
         return err_set(&ctx->err, EINVAL, "Cannot enable copy offloading when -%c is used",
                        a->compress ? 'c' : 'S');
@@ -298,7 +294,9 @@ static int target_error(struct convert *c) {
             err_prefix(e, "%s: error while converting %s", c->target_name, c->format->name);
     } else {
         char *before AUTO_FREE =
-            xasprintf("%s: error while converting %s: ", c->target_name, c->format->name);
+            c->a->windowed
+                ? xasprintf("%s: error while creating output image: ", c->target_name)
+                : xasprintf("%s: error while converting %s: ", c->target_name, c->format->name);
         dialect_create_error(c->ctx, c->target_name, before);
     }
     return rc;
@@ -322,7 +320,7 @@ static int create_target_co(struct convert *c) {
     if (r == 0 && (r = check_data_file(c, options)) < 0)
         json_decref(options);
     if (r < 0)
-        return err_prefix(e, "%s", c->target_name);
+        return dialect_is_qemu() ? target_error(c) : err_prefix(e, "%s", c->target_name);
 
     bool automatic = (!a->cache || cache == CACHE_UNSAFE) && !a->compress;
     c->unnamed = !device;

@@ -209,6 +209,11 @@ static int create_image_co(struct verb_ctx *ctx) {
     if (!ctx->pos_n)
         return err_set(&ctx->err, EINVAL, "arguments are missing: create takes FILE [SIZE]");
     int rc = find_format(ctx, format, &d);
+    if (!rc && (!d->format->create_co || !d->create_opts))
+        rc = err_set(&ctx->err, ENOTSUP,
+                     cli_words("images of format '%s' cannot be created",
+                               "Format driver '%s' does not support image creation"),
+                     d->name);
     if (!rc)
         rc = cli_options(ctx, &a->options, &tree);
     if (rc < 0)

@@ -39,6 +39,20 @@ static char *full_backing_name(const struct node *n) {
     return n->backing_name ? backing_resolve(n->filename, n->backing_name, NULL) : NULL;
 }
 
+/* That program has nothing to say about what is special to other formats. */
+static bool shows_specifics(const struct node *n) {
+    static const char *const formats[] = {"qcow2", "vmdk", "luks", NULL};
+    for (int i = 0; formats[i]; i++)
+        if (!strcmp(n->drv->name, formats[i]))
+            return true;
+    return !dialect_is_qemu();
+}
+
+/* Nor about the clusters of this one. */
+static bool shows_cluster(const struct node *n) {
+    return n->granularity > 1 && !(dialect_is_qemu() && !strcmp(n->drv->name, "parallels"));
+}
+
 static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
     json_t *j = json_object(), *children = info_children(n);
     if (snapshots->count)
@@ -49,7 +63,7 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
         json_object_set_new(j, "backing-filename-format", cli_json_name(n->backing_format));
     json_object_set_new(j, "virtual-size", json_integer((json_int_t)n->size));
     json_object_set_new(j, "filename", cli_json_name(n->filename));
-    if (n->granularity > 1)
+    if (shows_cluster(n))
         json_object_set_new(j, "cluster-size", json_integer(n->granularity));
     json_object_set_new(j, "format", json_string(n->drv->name));
     int64_t allocated = disk_allocated(n);
@@ -64,8 +78,10 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
         json_object_del(data, "dirty-flag");
         json_object_del(data, "encrypted");
         json_object_del(data, "problems");
-        json_object_set_new(j, "format-specific",
-                            json_pack("{s:s, s:o}", "type", type, "data", data));
+        if (shows_specifics(n))
+            json_object_set_new(j, "format-specific",
+                                json_pack("{s:s, s:O}", "type", type, "data", data));
+        json_decref(data);
     }
     if (n->backing_name) {
         char *full AUTO_FREE = full_backing_name(n);
@@ -75,7 +91,10 @@ static json_t *describe(struct node *n, const struct snapshot_list *snapshots) {
     }
     if (encrypted)
         json_object_set_new(j, "encrypted", encrypted);
-    json_object_set_new(j, "dirty-flag", dirty ? dirty : json_false());
+    if (n->granularity == 1 || shows_cluster(n))
+        json_object_set_new(j, "dirty-flag", dirty ? dirty : json_false());
+    else
+        json_decref(dirty);
     if (problems && !dialect_is_qemu())
         json_object_set(j, "problems", problems);
     json_decref(problems);
@@ -153,7 +172,7 @@ static void print_human(struct node *n, const json_t *j, const struct snapshot_l
         puts("disk size: unavailable");
     if (json_is_true(json_object_get(j, "encrypted")))
         puts("encrypted: yes");
-    if (n->granularity > 1)
+    if (shows_cluster(n))
         printf("cluster_size: %" PRIu32 "\n", n->granularity);
     if (json_is_true(json_object_get(j, "dirty-flag")))
         puts("cleanly shut down: no");

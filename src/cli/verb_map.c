@@ -135,20 +135,35 @@ static struct run run_from_status(const struct status *st, uint64_t start) {
     return r;
 }
 
+/* What is special to that program's maps. */
+struct manner {
+    unsigned precise; /* status flags: ask the file for its holes */
+    bool all_present; /* images that have nothing below them say that of all they hold */
+};
+
+static struct manner manner_of(const struct node *n) {
+    const char *name = n->drv->name;
+    if (!dialect_is_qemu())
+        return (struct manner){.precise = STATUS_PRECISE};
+    bool asks = (!strcmp(name, "raw") || !strcmp(name, "qcow2")) && !n->data_file;
+    return (struct manner){.precise = asks ? STATUS_PRECISE : 0,
+                           .all_present = !strcmp(name, "vdi") || !strcmp(name, "vpc")};
+}
+
 static int map_range_co(struct verb_ctx *ctx, struct node *n, uint64_t start, uint64_t end,
                         struct printer *p) {
     struct run cur = {0};
-    /* That program does not ask an external data file for its holes. */
-    unsigned precise = dialect_is_qemu() && n->data_file ? 0 : STATUS_PRECISE;
+    struct manner m = manner_of(n);
     for (uint64_t at = start; at < end;) {
         struct status st;
-        int rc = disk_status_co(n, at, end - at, precise, &st);
+        int rc = disk_status_co(n, at, end - at, m.precise, &st);
         if (rc < 0) {
             print_run(p, &cur);
             return err_errno(&ctx->err, -rc, "%s: reading the map at offset %" PRIu64, n->filename,
                              at);
         }
         struct run next = run_from_status(&st, at);
+        next.present |= m.all_present;
         if (cur.length && joins(&cur, &next)) {
             cur.length += next.length;
         } else {
@@ -183,6 +198,8 @@ static int map_run_co(struct verb_ctx *ctx) {
     if (!p.json && a->start >= end && dialect_is_qemu())
         puts("Offset          Length          Mapped to       File");
     rc = map_range_co(ctx, n, a->start, end, &p);
+    if (p.json && !p.any && !n->size && dialect_is_qemu())
+        print_json_run(&p, &(struct run){0}); /* there an empty disk is one empty run */
     if (p.json)
         puts(p.any ? "]" : "[]");
     node_unref_co(n);

@@ -57,15 +57,54 @@ int node_link_co(struct node *storage, const char *name, bool replace, struct er
     return storage->drv->storage->link_co(storage, name, replace, e);
 }
 
+/* ---------------------------------------------------------------- the file's own options */
+
+const struct opt create_file_rows[] = {
+    OPT_BOOL(struct create_file_opts, nocow, "nocow", OPT_CREATE, false,
+             "no copy-on-write of the file (btrfs; elsewhere nothing)"),
+    OPT_SIZE(struct create_file_opts, extent_size_hint, "extent_size_hint", OPT_CREATE, 0,
+             OPT_RANGE(0, UINT32_MAX), "unit of allocation of the file (XFS; elsewhere nothing)"),
+    OPT_END,
+};
+const char *const create_file_keys[] = {"nocow", "extent_size_hint", NULL};
+
+int create_file_options(const json_t *options, struct create_file_opts *out, struct err *e) {
+    struct create_file_opts o = {0};
+    json_t *own = json_object();
+    for (int i = 0; create_file_keys[i]; i++) {
+        json_t *v = json_object_get(options, create_file_keys[i]);
+        if (v)
+            json_object_set(own, create_file_keys[i], v);
+    }
+    bool any = json_object_size(own);
+    int r = opt_fill(create_file_rows, own, OPT_CREATE, NULL, &o, e);
+    json_decref(own);
+    if (r < 0)
+        return r;
+    if (out)
+        *out = o;
+    return any;
+}
+
+static int tune_file(struct node *storage, const json_t *options, struct err *e) {
+    struct create_file_opts o;
+    int r = create_file_options(options, &o, e);
+    if (r > 0 && storage->drv->storage && storage->drv->storage->tune_new)
+        storage->drv->storage->tune_new(storage, &o);
+    return r < 0 ? r : 0;
+}
+
 int format_create_co(struct node *storage, const struct driver *format, const json_t *options,
                      struct err *e) {
     if (!format->format || !format->format->create_co)
         return err_set(e, ENOTSUP, "format '%s' cannot be created", format->name);
     void *opts = xcalloc(1, format->create_opts_size);
-    int r = opt_fill(format->create_opts, options, OPT_CREATE, NULL, opts, e);
+    int r = opt_fill(format->create_opts, options, OPT_CREATE, create_file_keys, opts, e);
     if (!r) {
         struct create_ctx ctx = {.name = storage->filename};
-        r = format->format->create_co(storage, opts, &ctx, e);
+        r = tune_file(storage, options, e);
+        if (!r)
+            r = format->format->create_co(storage, opts, &ctx, e);
         opt_free(format->create_opts, opts);
     }
     free(opts);

@@ -29,6 +29,7 @@ struct err;
 struct node;
 struct open_ctx;
 struct create_ctx;
+struct create_file_opts;
 struct driver;
 struct bitmap;
 struct debug_ops;
@@ -398,6 +399,11 @@ struct storage_ops {
     int (*link_co)(struct node *n, const char *name, bool replace, struct err *e);
     /* What `info` tells of the disk beyond its size, new reference.  NULL: nothing. */
     json_t *(*describe)(struct node *n);
+    /*
+     * Wishes of the user about a new object that is still empty (see struct create_file_opts).
+     * What the object or its file system does not have is passed over.  NULL: nothing to wish for.
+     */
+    void (*tune_new)(struct node *n, const struct create_file_opts *o);
 };
 
 /* ---------------------------------------------------------------- driver */

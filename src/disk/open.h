@@ -152,8 +152,22 @@ int storage_create_co(const struct create_ctx *ctx, struct node **out, struct er
 int node_link_co(struct node *storage, const char *name, bool replace, struct err *e);
 
 /*
+ * Options of the file that a new image lies in.  They stand among those of its format (-o), whatever
+ * that is: whoever fills a format's create options passes create_file_keys as keys of the core.
+ */
+struct create_file_opts {
+    bool nocow;                /* btrfs: no copy-on-write for this file */
+    uint64_t extent_size_hint; /* XFS: allocate in units of this; 0: as the file system likes */
+};
+extern const struct opt create_file_rows[];
+extern const char *const create_file_keys[];
+/* Reads them from a tree that may hold others, too: `out` may be NULL.  1: some were there, 0, or
+ * -EINVAL, -ERANGE. */
+int create_file_options(const json_t *options, struct create_file_opts *out, struct err *e);
+
+/*
  * Lays a new format onto an open storage node.  `options` are the format's create options (size
- * included) as a tree; unknown ones are refused.
+ * included) and those of the file as a tree; unknown ones are refused.
  */
 int format_create_co(struct node *storage, const struct driver *format, const json_t *options,
                      struct err *e);

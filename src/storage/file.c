@@ -519,6 +519,7 @@ static const struct storage_ops file_storage = {
     .copy_range_co = file_copy_range_co,
     .create_co = file_create_co,
     .link_co = file_link_co,
+    .tune_new = file_tune_new,
 };
 
 static const char *const file_prefixes[] = {"file:", NULL};

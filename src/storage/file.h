@@ -35,6 +35,7 @@
 
 struct err;
 struct create_ctx;
+struct create_file_opts;
 
 enum file_locking { LOCKING_AUTO, LOCKING_ON, LOCKING_OFF };
 
@@ -112,6 +113,7 @@ void file_run_drop(struct node *n, uint64_t offset, uint64_t length);
 
 /* ---- file_create.c ---- */
 int file_create_co(struct node *n, struct create_ctx *ctx, struct err *e);
+void file_tune_new(struct node *n, const struct create_file_opts *o);
 int file_link_co(struct node *n, const char *name, bool replace, struct err *e);
 
 #endif

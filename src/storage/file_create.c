@@ -20,14 +20,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include "base/cleanup.h"
 #include "base/err.h"
+#include "base/log.h"
 #include "disk/open.h"
 #include "runtime/loop.h"
 #include "storage/file.h"
@@ -196,6 +199,24 @@ int file_create_co(struct node *n, struct create_ctx *ctx, struct err *e) {
     if (r && made)
         unlink(path);
     return r;
+}
+
+void file_tune_new(struct node *n, const struct create_file_opts *o) {
+    const struct file_state *s = file_state(n);
+    struct fsxattr x;
+    int flags;
+    if (s->is_block)
+        return;
+    if (o->nocow && !ioctl(s->fd, FS_IOC_GETFLAGS, &flags)) {
+        flags |= FS_NOCOW_FL;
+        ioctl(s->fd, FS_IOC_SETFLAGS, &flags);
+    }
+    if (o->extent_size_hint && !ioctl(s->fd, FS_IOC_FSGETXATTR, &x)) {
+        x.fsx_xflags |= FS_XFLAG_EXTSIZE;
+        x.fsx_extsize = (uint32_t)o->extent_size_hint;
+        if (ioctl(s->fd, FS_IOC_FSSETXATTR, &x))
+            log_msg(LOG_LV_WARN, "Failed to set extent size hint: %s", strerror(errno));
+    }
 }
 
 /* ------------------------------------------------------------------- link */

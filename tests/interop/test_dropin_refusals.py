@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 
 import pytest
 
@@ -264,16 +265,13 @@ info --image-opts driver=fancy,file.filename=q
 DIVERGENCES = {
     "amend -o compat=1.1 dir": "7.2 finds that it cannot write to a directory, then what it is",
     "resize dir 10M": "the same",
-    "measure -O qcow2 --size 8E": "7.2 has another sentence for sizes of 2^63 to 2^64",
     "create -f qcow2 -o backing_file= x 1M": "an empty name is refused a moment later",
     "create -f qcow2 -b x -F qcow2 x 1M": "a file that is not there is not compared with itself",
     "create -f qcow2 -o encryption=on x 1M": "no encryption yet, which is said",
     "create -f qcow2 -o encrypt.format=luks x 1M": "the same",
     "create -f qcow2 -o encrypt.format=fancy x 1M": "the same",
-    "create -f qcow2 -o nocow=x x 1M": "nocow is not known",
     "rebase -b top.qcow2 -F qcow2 top.qcow2": "7.2 runs into its own lock; here the mistake is named",
     "convert raw raw": "the same",
-    "convert raw dir": "without the target's format in front",
     "convert -O qcow2 -o preallocation=fancy raw x": "without the target's format in front",
     "convert -B nofile -F raw -O qcow2 top.qcow2 x": "7.2 makes the image, then cannot open it",
     "convert -B base.raw -F raw raw q x": "the option that raw does not have is named",
@@ -283,9 +281,6 @@ DIVERGENCES = {
 STATUS = {
     "measure --size": "a value is missing: 7.2 prints its help and succeeds",
     "measure -O qcow2 -o extended_l2=on,compat=0.10 raw": "7.2 measures what it would not create",
-    "create -f qcow2 -o nocow=on x 1M": "nocow is not known",
-    "create -f qcow2 -o nocow=off,extent_size_hint=1M x 1M": "the same",
-    "create -f raw -o nocow=off x 1M": "the same",
     "create -f qcow2 -o nolazy_refcounts x 1M": "the old spelling of =off is not known",
     "convert -c -O qcow2 -o preallocation=full raw x": "room given ahead is simply not used",
     "convert -C -S 4k raw x": "-S 4k is the default, which copy offloading keeps to",
@@ -295,7 +290,7 @@ VERBS = sorted({line.split()[0] for line in LINES})
 
 def answers(program, folder, d, lines):
     """One answer a line, each from the folder as it was."""
-    out, fresh = [], False
+    out, fresh, d = [], False, pathlib.Path(tempfile.mkdtemp(dir="/dev/shm")) / d.name  # much is synced
     for line in lines:
         if not fresh:
             shutil.rmtree(d, ignore_errors=True)
@@ -305,7 +300,7 @@ def answers(program, folder, d, lines):
         before = sorted(os.listdir(d))
         out.append(run_all(program, d, [words(part) for part in line.split(";")]))
         fresh = all(r[0] for r in out[-1]) and sorted(os.listdir(d)) == before
-    shutil.rmtree(d)
+    shutil.rmtree(d.parent)
     return out
 
 
