@@ -17,6 +17,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include "base/object.h"
 #include "base/strbuf.h"
 #include "base/version.h"
 #include "disk/node.h"
@@ -128,7 +129,7 @@ int dialect_object(struct verb_ctx *ctx, const char *definition) {
     size_t len = strcspn(type, ",");
     for (int i = 0; types[i]; i++)
         if (strlen(types[i]) == len && !strncmp(types[i], type, len))
-            return 0;
+            return object_add(definition, &ctx->err);
     value_status(ctx);
     return err_set(&ctx->err, EINVAL, "Parameter 'qom-type' does not accept value '%.*s'", (int)len,
                    type);

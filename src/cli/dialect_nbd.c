@@ -13,10 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include "base/cleanup.h"
+#include "base/object.h"
 #include "base/version.h"
 #include "cli/dialect.h"
 #include "cli/nbd_list.h"
 #include "disk/open.h"
+#include "storage/nbd_tls.h"
 
 struct args {
     const char *port, *bind, *socket, *share, *name, *description, *handshake, *offset, *tls_creds,
@@ -129,8 +131,8 @@ static int check_ability(struct err *e, const struct args *a) {
         return err_set(e, EINVAL, "--tls-authz is not permitted without --tls-creds");
     if (a->tls_host && !a->tls_creds)
         return err_set(e, EINVAL, "--tls-hostname is not permitted without --tls-creds");
-    if (a->tls_creds)
-        return err_set(e, ENOTSUP, "--tls-creds: this version serves no TLS");
+    if (a->tls_authz)
+        return err_set(e, ENOTSUP, "--tls-authz: this version knows no authorisation objects");
     if (a->selinux)
         return err_set(e, ENOTSUP, "SELinux support not enabled in this binary");
     if (a->connect || a->disconnect)
@@ -164,8 +166,41 @@ static void put_decimal(struct line *l, const char *name, const char *value) {
         l->v[l->n++] = xasprintf("--%s=%lld", name, strtoll(value, NULL, 0));
 }
 
-static int serve(const struct args *a, char *file) {
+static bool is_off(const char *text) {
+    return text && is_one_of(text, "off", "no", "false");
+}
+
+/* Credentials mean that nobody is served without. */
+static int put_tls(struct line *l, const struct args *a, struct err *e) {
+    if (!a->tls_creds)
+        return 0;
+    const json_t *o = nbd_tls_object(a->tls_creds, "server", e);
+    if (!o)
+        return -e->code;
+    if (a->tls_host)
+        return err_set(e, EINVAL, "TLS hostname is only supported with list mode");
+    const char *type = object_text(o, "qom-type"), *dir = object_text(o, "dir");
+    bool psk = !strcmp(type, "tls-creds-psk"), x509 = !strcmp(type, "tls-creds-x509");
+    if ((psk || x509) && !dir)
+        return err_set(e, EINVAL, "Missing 'dir' property value");
+    if (psk && object_text(o, "username"))
+        return err_set(e, EINVAL, "username should not be set when endpoint=server");
+    if (object_text(o, "passwordid"))
+        return err_set(e, ENOTSUP, "passwordid: this version reads no encrypted keys");
+    AUTO_FREE char *what = psk ? xasprintf("psk:%s", dir) : xstrdup(x509 ? dir : "anon");
+    put(l, "tls", what);
+    put(l, "tls-required", NULL);
+    if (x509)
+        put_flag(l, "tls-anyone", is_off(object_text(o, "verify-peer")));
+    put_value(l, "tls-priority", object_text(o, "priority"));
+    return 0;
+}
+
+static int serve(const struct args *a, char *file, struct err *e) {
     struct line l = {.n = 0};
+    int r = put_tls(&l, a, e);
+    if (r < 0)
+        return r;
     const char *cache = a->nocache ? "none" : a->cache;
     /* 0 clients means any number there; more than the most that serve takes is that most. */
     long long share = a->share ? strtoll(a->share, NULL, 0) : 1;
@@ -195,6 +230,7 @@ static int serve(const struct args *a, char *file) {
     put_flag(&l, "snapshot", a->snapshot);
     put_flag(&l, "image-opts", a->image_opts);
     put_flag(&l, "allocation-depth", a->alloc_depth);
+    put_decimal(&l, "handshake-timeout", a->handshake);
     for (size_t i = 0; i < a->bitmaps.n && i < BITMAPS_PASSED_MAX; i++)
         put(&l, "bitmap", a->bitmaps.v[i]);
     l.v[l.n++] = xstrdup("--");
@@ -203,6 +239,15 @@ static int serve(const struct args *a, char *file) {
     for (int i = 0; i < l.n; i++)
         free(l.v[i]);
     return status;
+}
+
+static int list(const struct args *a, struct err *e) {
+    struct nbd_client_tls tls = {.on = false};
+    int r = a->tls_creds ? nbd_client_tls_object(a->tls_creds, a->tls_host, &tls, e) : 0;
+    if (r == 0)
+        r = nbd_list(a->socket, a->bind, a->port, &tls, e);
+    nbd_client_tls_free(&tls);
+    return r;
 }
 
 static int qemu_nbd_run(struct verb_ctx *ctx) {
@@ -219,7 +264,7 @@ static int qemu_nbd_run(struct verb_ctx *ctx) {
         r = check_list(e, a, ctx->pos_n);
         if (!r)
             r = check_ability(e, a);
-        return r ? r : nbd_list(a->socket, a->bind, a->port, e);
+        return r ? r : list(a, e);
     }
     if (ctx->pos_n != 1) {
         err_set(e, EINVAL, "Invalid number of arguments");
@@ -229,7 +274,7 @@ static int qemu_nbd_run(struct verb_ctx *ctx) {
     if (a->image_opts && a->format)
         return err_set(e, EINVAL, "--image-opts and -f are mutually exclusive");
     r = check_ability(e, a);
-    return r ? r : serve(a, ctx->pos[0]);
+    return r ? r : serve(a, ctx->pos[0], e);
 }
 
 static const struct verb verb_qemu_nbd = {

@@ -17,6 +17,7 @@
 #include "base/err.h"
 #include "cli/cli.h"
 #include "storage/nbd_lib.h"
+#include "storage/nbd_tls.h"
 
 enum { EXPORTS_MAX = 10000, CONTEXTS_MAX = 1000 };
 
@@ -114,7 +115,8 @@ static void print_export(const struct nbd_lib *lib, struct nbd_handle *h, const 
     exports_free(&contexts);
 }
 
-int nbd_list(const char *socket, const char *host, const char *port, struct err *e) {
+int nbd_list(const char *socket, const char *host, const char *port,
+             const struct nbd_client_tls *tls, struct err *e) {
     const struct nbd_lib *lib = nbd_lib_get(e);
     if (!lib)
         return -e->code;
@@ -123,9 +125,13 @@ int nbd_list(const char *socket, const char *host, const char *port, struct err 
     if (!h)
         return fail(lib, e);
     lib->set_opt_mode(h, true);
-    int r = socket ? lib->connect_unix(h, socket)
+    int r = nbd_client_tls_set(lib, h, tls);
+    if (r >= 0)
+        r = socket ? lib->connect_unix(h, socket)
                    : lib->connect_tcp(h, host ? host : "127.0.0.1", port ? port : "10809");
-    if (r < 0) {
+    if (r < 0 && tls->on) {
+        r = fail(lib, e);
+    } else if (r < 0) {
         int code = lib->get_errno();
         code = code ? code : EIO;
         r = socket ? err_set(e, code, "Failed to connect to '%s': %s", socket, strerror(code))

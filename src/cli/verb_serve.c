@@ -67,7 +67,7 @@ static const struct cli_opt opts[] = {
             "clients of one export at once; with a single export, others wait"),
     CLI_U64(struct serve_args, max_connections, 0, "max-connections", "N", 0, 0, 10000,
             "connections at once, whatever they are at; others wait (0: as --share allows)"),
-    CLI_U64(struct serve_args, handshake_s, 0, "handshake-timeout", "SECONDS", 10, 0, 86400,
+    CLI_U64(struct serve_args, handshake_s, 0, "handshake-timeout", "SECONDS", 10, 0, INT32_MAX,
             "how long a client may take for the handshake; 0 is no limit"),
     CLI_U64(struct serve_args, idle_s, 0, "idle-timeout", "SECONDS", 0, 0, 86400 * 365,
             "disconnect clients that neither ask nor take answers for so long; 0 never"),

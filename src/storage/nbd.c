@@ -37,6 +37,7 @@
 #include "runtime/loop.h"
 #include "storage/nbd_lib.h"
 #include "storage/nbd_name.h"
+#include "storage/nbd_tls.h"
 
 /* What every server takes in one read or write (protocol), and a step of commands without data. */
 #define PAYLOAD_MAX (32 * MIB)
@@ -44,7 +45,9 @@
 
 struct nbd_opts {
     char *type, *path, *host, *port; /* of server */
-    char *flat_path, *flat_host, *flat_port, *export, *tls_creds;
+    char *flat_path, *flat_host, *flat_port, *export, *tls_creds, *tls_hostname;
+    char *tls_certificates, *tls_psk_file, *tls_username;
+    bool tls, tls_verify;
 };
 
 struct nbd_state {
@@ -271,6 +274,7 @@ static int nbd_extents_co(struct node *n, uint64_t offset, uint64_t length, stru
 
 struct connect_work {
     struct nbd_state *s;
+    const struct nbd_client_tls *tls;
     const char *path, *host, *port, *export;
     int code;
     char text[512];
@@ -287,6 +291,8 @@ static int connect_work(void *arg) {
     if (r >= 0)
         /* The engine checks ranges; flags and sizes are the server's to refuse. */
         r = lib->set_strict_mode(h, LIBNBD_STRICT_COMMANDS | LIBNBD_STRICT_FLAGS);
+    if (r >= 0)
+        r = nbd_client_tls_set(lib, h, w->tls);
     if (r >= 0)
         r = w->path ? lib->connect_unix(h, w->path) : lib->connect_tcp(h, w->host, w->port);
     if (r < 0) {
@@ -327,7 +333,7 @@ static void take_abilities(struct node *n) {
 }
 
 static int connect_co(struct node *n, const char *path, const char *host, const char *port,
-                      const char *export, struct err *e) {
+                      const char *export, const struct nbd_client_tls *tls, struct err *e) {
     struct nbd_state *s = n->state;
     s->lib = nbd_lib_get(e);
     if (!s->lib)
@@ -337,7 +343,8 @@ static int connect_co(struct node *n, const char *path, const char *host, const 
     if (!s->h)
         return err_set(e, ENOMEM, "no memory for an NBD connection");
     struct connect_work *w AUTO_FREE = xcalloc(1, sizeof(*w));
-    *w = (struct connect_work){.s = s, .path = path, .host = host, .port = port, .export = export};
+    *w = (struct connect_work){
+        .s = s, .tls = tls, .path = path, .host = host, .port = port, .export = export};
     if (offload_blocking_co(connect_work, w) < 0)
         return connect_error(w, e);
     int64_t size = s->lib->get_size(s->h);
@@ -355,15 +362,24 @@ static int nbd_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     const char *path = o->path ? o->path : o->flat_path;
     const char *host = o->host ? o->host : o->flat_host;
     const char *port = o->port ? o->port : o->flat_port ? o->flat_port : "10809";
-    if (o->tls_creds)
-        return err_set(e, ENOTSUP, "tls-creds: this version's NBD client speaks no TLS");
     if (path && host)
         return err_set(e, EINVAL, "path and host may not be used at the same time");
     if (!path && !host)
         return err_set(e, EINVAL, "NBD server address missing");
     free(n->filename);
     n->filename = nbd_make_name(path, host, port, o->export);
-    return connect_co(n, path, host, port, o->export, e);
+    struct nbd_client_tls tls = {.on = o->tls || o->tls_certificates || o->tls_psk_file,
+                                 .any_server = !o->tls_verify,
+                                 .certificates = o->tls_certificates,
+                                 .psk_file = o->tls_psk_file,
+                                 .username = o->tls_username};
+    if (o->tls_creds && tls.on)
+        return err_set(e, EINVAL, "tls-creds and the other tls options exclude each other");
+    int r = o->tls_creds ? nbd_client_tls_object(o->tls_creds, o->tls_hostname, &tls, e) : 0;
+    if (r == 0)
+        r = connect_co(n, path, host, port, o->export, &tls, e);
+    nbd_client_tls_free(&tls);
+    return r;
 }
 
 /* "Creating" checks that what is there is large enough; the name is there already. */
@@ -371,12 +387,18 @@ static int nbd_create_co(struct node *n, struct create_ctx *ctx, struct err *e) 
     json_t *tree = json_object();
     int r = nbd_parse_name(ctx->name, tree, e);
     const json_t *server = json_object_get(tree, "server");
+    struct nbd_client_tls tls = {
+        .on = json_is_true(json_object_get(tree, "tls")),
+        .any_server = json_is_false(json_object_get(tree, "tls-verify-peer")),
+        .certificates = json_string_value(json_object_get(tree, "tls-certificates")),
+        .psk_file = json_string_value(json_object_get(tree, "tls-psk-file")),
+        .username = json_string_value(json_object_get(tree, "tls-username"))};
     if (!r) {
         /* The strings are the tree's, and n->opts stays empty. */
         r = connect_co(n, json_string_value(json_object_get(server, "path")),
                        json_string_value(json_object_get(server, "host")),
                        json_string_value(json_object_get(server, "port")),
-                       json_string_value(json_object_get(tree, "export")), e);
+                       json_string_value(json_object_get(tree, "export")), &tls, e);
     }
     json_decref(tree);
     if (!r && ctx->size > n->size)
@@ -422,7 +444,16 @@ static const struct opt nbd_open_opts[] = {
     OPT_STR(struct nbd_opts, flat_host, "host", OPT_OPEN, "the same as server.host"),
     OPT_STR(struct nbd_opts, flat_port, "port", OPT_OPEN, "the same as server.port"),
     OPT_STR(struct nbd_opts, export, "export", OPT_OPEN, "name of the export; the default one"),
-    OPT_STR(struct nbd_opts, tls_creds, "tls-creds", OPT_OPEN, "not in this version"),
+    OPT_STR(struct nbd_opts, tls_creds, "tls-creds", OPT_OPEN, "id of --object tls-creds-..."),
+    OPT_STR(struct nbd_opts, tls_hostname, "tls-hostname", OPT_OPEN,
+            "refused: the name connected to is the one that is checked"),
+    OPT_BOOL(struct nbd_opts, tls, "tls", OPT_OPEN, false, "TLS, or nothing"),
+    OPT_STR(struct nbd_opts, tls_certificates, "tls-certificates", OPT_OPEN,
+            "folder with ca-cert.pem, client-cert.pem and client-key.pem"),
+    OPT_STR(struct nbd_opts, tls_psk_file, "tls-psk-file", OPT_OPEN, "file of keys, NAME:HEXKEY"),
+    OPT_STR(struct nbd_opts, tls_username, "tls-username", OPT_OPEN, "who to be in that file"),
+    OPT_BOOL(struct nbd_opts, tls_verify, "tls-verify-peer", OPT_OPEN, true,
+             "whether the server must show a certificate that is trusted"),
     OPT_END,
 };
 
@@ -438,7 +469,8 @@ static const struct storage_ops nbd_storage = {
     .link_co = nbd_link_co,
 };
 
-static const char *const nbd_prefixes[] = {"nbd:", "nbd+unix:", "nbd+tcp:", NULL};
+static const char *const nbd_prefixes[] = {
+    "nbd:", "nbd+unix:", "nbd+tcp:", "nbds:", "nbds+unix:", "nbds+tcp:", NULL};
 
 const struct driver driver_nbd = {
     .name = "nbd",

@@ -20,6 +20,11 @@ struct err;
     X(set_full_info)                                                                               \
     X(set_strict_mode)                                                                             \
     X(set_handshake_flags)                                                                         \
+    X(set_tls)                                                                                     \
+    X(set_tls_certificates)                                                                        \
+    X(set_tls_verify_peer)                                                                         \
+    X(set_tls_username)                                                                            \
+    X(set_tls_psk_file)                                                                            \
     X(add_meta_context)                                                                            \
     X(connect_unix)                                                                                \
     X(connect_tcp)                                                                                 \

@@ -86,8 +86,33 @@ static bool split_host(const char *s, size_t len, char **host, char **port) {
     return true;
 }
 
+/* One parameter of a URI.  1: taken, 0: not one of ours, -EINVAL. */
+static int parameter(const char *q, size_t len, bool tls, char **socket, json_t *tree) {
+    static const char *const texts[] = {"tls-certificates", "tls-psk-file", "tls-username"};
+    size_t key = strcspn(q, "=");
+    if (key >= len)
+        return 0;
+    AUTO_FREE char *value = unescape(q + key + 1, len - key - 1);
+    if (!value)
+        return -EINVAL;
+    if (key == 6 && !strncmp(q, "socket", key)) {
+        free(*socket);
+        *socket = steal(&value);
+        return 1;
+    }
+    for (int i = 0; tls && i < 3; i++)
+        if (strlen(texts[i]) == key && !strncmp(q, texts[i], key))
+            return set_text(tree, texts[i], value) < 0 ? -EINVAL : 1;
+    if (tls && key == 15 && !strncmp(q, "tls-verify-peer", key)) {
+        bool off = !strcmp(value, "false") || !strcmp(value, "no") || !strcmp(value, "0");
+        json_object_set_new(tree, "tls-verify-peer", json_boolean(!off));
+        return 1;
+    }
+    return 0;
+}
+
 static int parse_uri(const char *name, json_t *tree, struct err *e) {
-    bool is_unix = !strncmp(name, "nbd+unix:", 9);
+    bool tls = !strncmp(name, "nbds", 4), is_unix = !strncmp(name + 3 + tls, "+unix:", 6);
     const char *at = strstr(name, "://") + 3;
     size_t host_len = strcspn(at, "/?");
     const char *path = at + host_len;
@@ -99,19 +124,24 @@ static int parse_uri(const char *name, json_t *tree, struct err *e) {
     }
     AUTO_FREE char *export = unescape(path, path_len);
     AUTO_FREE char *socket = NULL, *host = NULL, *port = NULL;
-    for (const char *q = query; *q; q += strcspn(q, "&;"), q += *q != 0)
-        if (!strncmp(q, "socket=", 7)) {
-            free(socket);
-            socket = unescape(q + 7, strcspn(q + 7, "&;"));
-        }
+    bool strange = false;
+    if (tls)
+        json_object_set_new(tree, "tls", json_true());
+    for (const char *q = query; *q; q += strcspn(q, "&;"), q += *q != 0) {
+        int r = parameter(q, strcspn(q, "&;"), tls, &socket, tree);
+        if (r < 0)
+            return err_set(e, EINVAL, "'%s' has a broken %%XX", name);
+        strange |= r == 0;
+    }
     if (!export)
         return err_set(e, EINVAL, "'%s' has a broken %%XX", name);
     if (is_unix && (!socket || !*socket || host_len))
-        return err_set(e, EINVAL, "'%s' is not nbd+unix:///EXPORT?socket=PATH", name);
+        return err_set(e, EINVAL, "'%s' is not nbd%s+unix:///EXPORT?socket=PATH", name,
+                       tls ? "s" : "");
     if (is_unix)
         return set_place(tree, socket, NULL, NULL, export, e);
-    if (!host_len || !split_host(at, host_len, &host, &port) || *query)
-        return err_set(e, EINVAL, "'%s' is not nbd://HOST:PORT/EXPORT", name);
+    if (!host_len || !split_host(at, host_len, &host, &port) || strange || socket)
+        return err_set(e, EINVAL, "'%s' is not nbd%s://HOST:PORT/EXPORT", name, tls ? "s" : "");
     return set_place(tree, NULL, host, port, export, e);
 }
 

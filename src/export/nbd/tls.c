@@ -52,6 +52,7 @@
     X(anon_set_server_known_dh_params)                                                             \
     X(init)                                                                                        \
     X(deinit)                                                                                      \
+    X(set_default_priority)                                                                        \
     X(set_default_priority_append)                                                                 \
     X(priority_set_direct)                                                                         \
     X(credentials_set)                                                                             \
@@ -173,8 +174,10 @@ static int load_anon(struct nbd_tls *t, struct err *e) {
 
 static int set_priority(const struct nbd_tls *t, gnutls_session_t g) {
     static const char *const more[] = {NULL, "+ECDHE-PSK:+DHE-PSK:+PSK", "+ANON-ECDH:+ANON-DH"};
+    if (!t->priority && !more[t->kind])
+        return lib.set_default_priority(g);
     if (!t->priority)
-        return lib.set_default_priority_append(g, more[t->kind] ? more[t->kind] : "", NULL, 0);
+        return lib.set_default_priority_append(g, more[t->kind], NULL, 0);
     AUTO_FREE char *p =
         more[t->kind] ? xasprintf("%s:%s", t->priority, more[t->kind]) : xstrdup(t->priority);
     return lib.priority_set_direct(g, p, NULL);
