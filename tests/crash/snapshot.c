@@ -90,17 +90,16 @@ static void change_version(struct lab *l) {
 }
 
 /*
- * The snapshot table of a version 2 image as old programs write it, without extra data: in one
+ * The snapshot table as old programs write it into version 2 images, without extra data: in one
  * sector, where the complete one is.
  */
-static void shorten(struct lab *l) {
+static void shorten_table(struct qcow2 *s) {
     struct err e AUTO_ERR = ERR_INIT;
-    struct qcow2 *s = qcow2_of(l->disk);
     AUTO_QCOW2_SNAPSHOTS struct qcow2_snapshots t = {0};
     uint8_t sector[512] = {0};
     size_t at = 0;
     lab_must(qcow2_snapshots_load_co(s, &t, &e), &e, "snapshots");
-    if (s->h.version >= 3 || !t.count)
+    if (!t.count)
         return;
     for (uint32_t i = 0; i < t.count; i++) {
         const struct qcow2_snapshot *x = &t.v[i];
@@ -111,6 +110,36 @@ static void shorten(struct lab *l) {
     }
     lab_must(disk_pwrite_co(s->file, s->h.snapshots_offset, sector, sizeof(sector)), NULL, "write");
     lab_must(disk_flush_co(s->file), NULL, "flush");
+}
+
+static void shorten(struct lab *l) {
+    if (qcow2_of(l->disk)->h.version < 3)
+        shorten_table(qcow2_of(l->disk));
+}
+
+/* What it leaves. */
+static uint64_t repair(void) {
+    struct check_result r = {.fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS};
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *n;
+    lab_must(lab_open_co(0, "qcow2", NULL, OPEN_CHECK | OPEN_RW, &n, &e), &e, "opening to repair");
+    lab_must(n->drv->format->check_co(n, &r, &e), &e, "check");
+    node_unref_co(n);
+    return r.corruptions + r.check_errors;
+}
+
+/* In version 3 short entries are damage, which check -r all repairs. */
+static void shorten_and_repair(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    lab_must(disk_flush_co(l->disk), NULL, "flush");
+    shorten_table(qcow2_of(l->disk));
+    node_unref_co(l->disk);
+    lab_must(repair() ? -1 : 0, NULL, "what a repair leaves");
+    lab_must(lab_open_co(0, "qcow2", NULL, OPEN_RW, &l->disk, &e), &e, "opening the image again");
+}
+
+static int repair_state_co(struct lab_state *st) {
+    return repair() ? state_fail(st, "a repair leaves damage") : 0;
 }
 
 static int judge_snapshots_co(struct lab_state *st) {
@@ -146,6 +175,11 @@ static const struct lab_op versions[] = {
     {"create", 2, true, create},     {"apply", 1, true, apply},
     {"delete", 1, true, delete_one}, {"version", 4, true, change_version},
     {"shorten", 6, true, shorten},   {NULL}};
+
+static const struct lab_op repairs[] = {{"create", 2, true, create},
+                                        {"delete", 1, true, delete_one},
+                                        {"repair", 6, true, shorten_and_repair},
+                                        {NULL}};
 
 #define SNAPSHOTS                                                                                  \
     .flush = 8, .fua = 3, .zero = 6, .discard = 8, .ops = ops, .judge_co = judge_snapshots_co
@@ -199,6 +233,19 @@ const struct workload snapshot_workloads[] = {
      .ops = versions,
      .judge_co = judge_snapshots_co,
      .plants = "SNAPSHOTS_NAMED_EARLY"},
+    {.name = "snapshot-repaired",
+     .options = "cluster_size=4k",
+     .size = 2 * MIB,
+     .requests = 40,
+     .max_blocks = 40,
+     .flush = 8,
+     .fua = 3,
+     .zero = 6,
+     .span = MIB,
+     .ops = repairs,
+     .judge_co = judge_snapshots_co,
+     .mend_co = repair_state_co,
+     .plants = "REPAIRED_SNAPSHOTS_EARLY"},
     {.name = "snapshot-sizes",
      .options = "cluster_size=4k,refcount_bits=64",
      .size = 2 * MIB,

@@ -73,8 +73,8 @@ def test_no_crash_corrupts_or_loses_what_was_flushed(name, tmp_path, peer):
     assert states >= min(2000, int(STATES)), p.stdout
     samples = sorted(tmp_path.iterdir())
     assert len(samples) >= 4
-    # These two damage images on purpose, and their states are whole after a repair only.
-    more = ["-r", "all"] if name in ("dirty", "repair") else []
+    # These damage images on purpose, and their states are whole after a repair only.
+    more = ["-r", "all"] if name in ("dirty", "repair", "snapshot-repaired") else []
     for options in filter(None, map(options_for, samples)):
         c = peer("qemu-img", "check", *more, options, status=None)
         assert c.returncode in (0, 3), f"seed {SEED}, {options}\n{c.stdout}{c.stderr}"

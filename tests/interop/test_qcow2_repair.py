@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -224,6 +225,106 @@ def test_tables_that_cannot_be_followed_keep_what_they_may_name(run, image):
     assert q.read(q.reftable_offset, 3 * q.cluster) == before
     q.set64(q.l1_at(0), q.l1(0) - 512)
     run("check", image)
+
+
+def read_raw(peer, path, tmp_path, *args):
+    peer("qemu-img", "convert", *args, "-O", "raw", path, tmp_path / "raw")
+    return (tmp_path / "raw").read_bytes()
+
+
+def snapshots_of(peer, path, tmp_path):
+    """Name, and what it reads as."""
+    out = {}
+    for s in json.loads(peer("qemu-img", "info", "--output=json", path).stdout)["snapshots"]:
+        out[s["name"]] = read_raw(peer, path, tmp_path, "-l", s["name"])
+    return out
+
+
+@pytest.fixture
+def with_snapshots(peer, image):
+    for i in range(3):
+        peer("qemu-img", "snapshot", "-c", f"s{i}", image)
+        peer("qemu-io", "-f", "qcow2", "-c", f"write -P {10 + i} {i}M 700k", image)
+    return image
+
+
+def extra_of_all(image, length):
+    """Every entry of the snapshot table gets so much extra data; the table moves to the file's end."""
+    q = Qcow2(image)
+    count, at, table = q.get32(60), q.get64(64), b""
+    for _ in range(count):
+        extra, texts = q.get32(at + 36), q.get16(at + 12) + q.get16(at + 14)
+        entry = q.read(at, 40 + extra + texts)
+        table += entry[:36] + length.to_bytes(4, "big") + entry[40:40 + extra][:length].ljust(length, b"x")
+        table += entry[40 + extra:]
+        table += bytes(-len(table) % 8)
+        at += -(-len(entry) // 8) * 8
+    end = -(-os.path.getsize(image) // q.cluster) * q.cluster
+    q.write(end, table.ljust(-(-len(table) // q.cluster) * q.cluster, b"\0"))
+    q.set64(64, end)
+    return end
+
+
+@pytest.mark.parametrize("length", [0, 8, 1032, 3000])
+def test_snapshot_entries_get_a_form_that_readers_accept(run, peer, with_snapshots, tmp_path, length):
+    before = snapshots_of(peer, with_snapshots, tmp_path)
+    extra_of_all(with_snapshots, length)
+    shutil.copy(with_snapshots, tmp_path / "theirs.qcow2")
+    assert run("check", with_snapshots, status=None).returncode in (FAILED, CORRUPT)
+    j = json.loads(run("check", "-r", "all", "--output=json", with_snapshots, status=CLEAN).stdout)
+    assert j["corruptions-fixed"] >= (3 if length < 16 else 1) and not j["leaks"]
+    peer("qemu-img", "check", "-r", "all", tmp_path / "theirs.qcow2", status=None)
+    peer("qemu-img", "check", with_snapshots)
+    assert snapshots_of(peer, with_snapshots, tmp_path) == before
+    assert snapshots_of(peer, tmp_path / "theirs.qcow2", tmp_path) == before  # as qemu-img's own repair
+    run("snapshot", "-a", "s0", with_snapshots)
+    peer("qemu-img", "check", with_snapshots)
+
+
+def test_a_snapshot_table_outside_the_file_stays_named_and_costs_nothing(run, peer, with_snapshots, tmp_path):
+    """What snapshots held is not given back: somebody may yet find their table."""
+    q = Qcow2(with_snapshots)
+    at = q.get64(64)
+    q.set64(64, 1 << 40)
+    before = read_raw(peer, with_snapshots, tmp_path)
+    run("check", "-r", "all", with_snapshots, status=CORRUPT)
+    assert read_raw(peer, with_snapshots, tmp_path) == before and q.get64(64) == 1 << 40
+    q.set64(64, at)
+    run("check", "-r", "all", with_snapshots, status=CLEAN)
+    assert len(snapshots_of(peer, with_snapshots, tmp_path)) == 3
+    peer("qemu-img", "check", with_snapshots)
+
+
+def test_a_table_that_the_file_no_longer_holds_keeps_reading_as_empty(run, peer, tmp_path):
+    """Nothing that a repair makes is put where the cut-off part of the L1 table was."""
+    path = tmp_path / "a.qcow2"
+    peer("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "64M")
+    peer("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", path)
+    q = Qcow2(path)
+    end = -(-os.path.getsize(path) // 512) * 512
+    q.write(end, q.read(q.l1_offset, 64))
+    q.set64(40, end)  # the table's first 64 bytes, and then the file ends
+    before = json.loads(run("map", "--output=json", path).stdout)
+    run("check", "-r", "all", path, status=CORRUPT)
+    assert json.loads(run("map", "--output=json", path).stdout) == before
+
+
+@pytest.mark.parametrize("wound, shape", [("l1_unaligned", "4k"), ("data_unaligned", "4k"), ("coded_outside", "coded")])
+def test_what_nobody_can_place_is_told_and_left(run, peer, tmp_path, wound, shape):
+    """qemu-img does not touch these either: a guess would lose what the entry may mean."""
+    damage.make_patient(peer, tmp_path / "a", shape)
+    damage.WOUNDS[wound](damage.Patient(tmp_path / "a"), random.Random(1))
+    shutil.copy(tmp_path / "a", tmp_path / "theirs")
+    run("check", "-r", "all", tmp_path / "a", status=CORRUPT)
+    p = peer("qemu-img", "check", "-r", "all", tmp_path / "theirs", status=None)
+    assert p.returncode in (FAILED, CORRUPT)
+    ours, theirs = damage.Patient(tmp_path / "a"), damage.Patient(tmp_path / "theirs")
+    for i in range(ours.l1_entries):
+        assert ours.l1(i) & ~COPIED == theirs.l1(i) & ~COPIED
+        at = ours.l1(i) & OFFSET
+        if at and at % ours.cluster == 0:
+            assert [e & ~COPIED for e in struct.unpack(">512Q", ours.read(at, 4096))] == \
+                   [e & ~COPIED for e in struct.unpack(">512Q", theirs.read(at, 4096))]
 
 
 def test_data_in_one_cluster_get_clusters_of_their_own(run, peer, image):

@@ -148,6 +148,10 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
                          what, length, offset, c->file_length);
         c->incomplete = true;
         *ok = false;
+        /* It reads as zeros there, as long as nothing else is put into its place. */
+        uint64_t from = max_u64(offset >> c->s->cluster_bits, c->file_clusters);
+        if (offset < QCOW2_HOST_LIMIT && length < QCOW2_HOST_LIMIT)
+            check_outside(c, from, ((offset + length) >> c->s->cluster_bits) + 1 - from);
         return 0;
     }
     uint64_t first = offset >> c->s->cluster_bits, n = qcow2_clusters_for(c->s, length);
@@ -231,11 +235,13 @@ static int load_blocks_co(struct check *c, uint64_t first, uint64_t count) {
 /* As check_metadata, for the refcount table and its blocks: whatever is wrong asks for new ones. */
 static int check_refs(struct check *c, const char *what, uint64_t offset, uint64_t length,
                       bool *ok) {
-    uint64_t before = c->r->corruptions;
+    uint64_t before = c->r->corruptions, near = c->outside_near, far = c->outside_far;
     bool incomplete = c->incomplete;
     int r = check_metadata(c, what, offset, length, ok);
     c->rebuild |= c->r->corruptions != before;
     c->incomplete = incomplete; /* counts name nothing */
+    c->outside_near = near;     /* and are made anew elsewhere */
+    c->outside_far = far;
     if (r || !is_aligned(offset, c->s->cluster_size) || !check_inside(c, offset, length))
         return r;
     return counts_add(&c->refs, offset >> c->s->cluster_bits, qcow2_clusters_for(c->s, length), 1);

@@ -57,10 +57,11 @@ struct check {
     struct check_tables inactive; /* L2 tables that snapshots name, as often as they do, sorted */
     bool without_refs; /* the refcount structures are neither counted nor read: before a rebuild */
     /* What the walk learned for a repair. */
-    bool incomplete; /* a table could not be followed: what it names is not counted */
-    bool rebuild;    /* refcount structures are damaged, missing, or share a cluster */
-    bool overlaps;   /* data in clusters of metadata */
-    bool unread;     /* a refcount block could not be read: its counts are not known */
+    bool incomplete;    /* a table could not be followed: what it names is not counted */
+    bool rebuild;       /* refcount structures are damaged, missing, or share a cluster */
+    uint64_t snapshots; /* entries of the snapshot table that need another form */
+    bool overlaps;      /* data in clusters of metadata */
+    bool unread;        /* a refcount block could not be read: its counts are not known */
     /*
      * Names outside the file, by cluster: the highest one near its end, and the lowest one far off.
      * Nothing new may be put where they point.

@@ -118,6 +118,8 @@ int check_snapshots_co(struct check *c) {
             return 0;
         }
         uint32_t extra = be32_load(fixed + 36);
+        bool wrong = extra > SNAPSHOT_EXTRA_MAX || (h->version >= 3 && extra < SNAPSHOT_EXTRA_V3);
+        c->snapshots += wrong && c->r != &c->quiet;
         if (extra > SNAPSHOT_EXTRA_MAX) {
             check_lost(c,
                        "snapshot table: snapshot %" PRIu32 " has %" PRIu32

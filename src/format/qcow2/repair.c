@@ -6,7 +6,8 @@
  *
  *   1. simple repairs of entries                                       repair_entries.c
  *   2. new refcount structures, where the old ones are damaged         repair_rebuild.c
- *   3. tables that several L1 entries name are copied, and data that
+ *   3. a snapshot table whose entries are too short or too long      repair_snapshots.c
+ *      tables that several L1 entries name are copied, and data that
  *      shares a cluster with metadata or other data moves              repair_entries.c
  *   4. counts that are too low rise                                    repair_counts.c
  *   5. counts that are too high fall; all of `-r leaks`                repair_counts.c
@@ -81,6 +82,12 @@ static int errors_co(struct run *u) {
     r = step_end_co(u, r, n, "table entries");
     if (!r && u->c.rebuild)
         r = rebuild_co(u);
+    if (r)
+        return r;
+    n = 0;
+    r = repair_snapshots_co(&u->p, &u->c, &n);
+    u->fixed += n;
+    r = step_end_co(u, r, n, "the snapshot table");
     if (r)
         return r;
     n = 0;

@@ -23,7 +23,7 @@ static inline int repair_barrier_co(struct qcow2 *s) {
 }
 
 /* First cluster behind the file and behind everything that names what is there not. */
-static inline uint64_t repair_room(const struct check *c) {
+static inline uint64_t repair_room_from(const struct check *c) {
     return max_u64(c->clusters, c->outside_near + 1);
 }
 
@@ -37,6 +37,8 @@ static inline uint64_t repair_room(const struct check *c) {
 int repair_entries_co(struct repair *p, struct check *c, uint64_t *fixed);
 /* COPIED flags of the active tables, by the stored counts; flushed. */
 int repair_copied_co(struct repair *p, struct check *c, uint64_t *fixed);
+/* Room for p->wanted clusters, or as many as are reasonable: p->room, p->left. */
+int repair_room_co(struct repair *p, struct check *c);
 /* L2 tables that several L1 entries name. */
 int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed);
 /* Guest data that shares its cluster with metadata or with other guest data gets its own. */
@@ -47,6 +49,10 @@ int repair_moves_co(struct repair *p, struct check *c, uint64_t *fixed);
 int repair_counts_co(struct repair *p, struct check *c, bool raise, uint64_t *fixed);
 /* Counts `n` clusters from `first` on, of which nothing is known, as in use once; flushed. */
 int repair_claim_co(struct repair *p, uint64_t first, uint64_t n, bool *fits);
+
+/* repair_snapshots.c */
+/* A snapshot table whose entries readers can use, in force when this returns 0. */
+int repair_snapshots_co(struct repair *p, struct check *c, uint64_t *fixed);
 
 /* repair_rebuild.c */
 /*

@@ -211,9 +211,8 @@ int repair_entries_co(struct repair *p, struct check *c, uint64_t *fixed) {
 
 /* ---------------------------------------------------------------- room, and shared tables */
 
-/* Room for p->wanted clusters, or as many as are reasonable. */
-static int claim_room_co(struct repair *p, struct check *c) {
-    uint64_t room = repair_room(c);
+int repair_room_co(struct repair *p, struct check *c) {
+    uint64_t room = repair_room_from(c);
     /* A hostile image must not make the file grow without end. */
     uint64_t n = min_u64(p->wanted, c->file_clusters + 1024);
     bool fits;
@@ -256,7 +255,7 @@ int repair_tables_co(struct repair *p, struct check *c, uint64_t *fixed) {
     p->wanted = p->left = 0;
     for (size_t i = 0; i < c->twice.count; i++)
         p->wanted += c->twice.v[i].names;
-    int r = p->wanted ? claim_room_co(p, c) : 0;
+    int r = p->wanted ? repair_room_co(p, c) : 0;
     for (uint64_t i = 0; !r && p->left && i < c->l1_end; i++) {
         uint64_t offset = s->l1[i] & QCOW2_OFFSET_MASK, to = p->room << s->cluster_bits;
         if (!(c->l1_skip[i / 64] >> i % 64 & 1) || !check_tables_names(&c->twice, offset))
@@ -392,7 +391,7 @@ int repair_moves_co(struct repair *p, struct check *c, uint64_t *fixed) {
         r = walk_moves_co(p, c, count_move, &n);
     }
     if (!r && p->wanted)
-        r = claim_room_co(p, c);
+        r = repair_room_co(p, c);
     if (!r)
         r = walk_moves_co(p, c, change_move_co, &n);
     p->unsure = false;

@@ -71,7 +71,7 @@ static int plan(struct rebuild *b) {
     uint64_t *used = calloc(entries_max / 64, 8);
     if (!used)
         return -ENOMEM;
-    b->first = max_u64(repair_room(&b->c), b->extra + b->extra_n);
+    b->first = max_u64(repair_room_from(&b->c), b->extra + b->extra_n);
     /* What is in use without the room; only its own regions can be added to these. */
     uint64_t known = min_u64(((b->first - 1) >> s->block_bits) + 1, entries_max), fixed = 0;
     for (uint64_t bi = 0; bi < known; bi++)
