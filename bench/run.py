@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 
+import format_rows
 import img_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -541,6 +542,7 @@ def main():
         snapshots(d)
         checks(d)
         img_rows.add(sys.modules[__name__], d, raw, qcow2)
+        format_rows.add(sys.modules[__name__], d, raw)
         nbd_rows(d, raw, qcow2)
     finally:
         shutil.rmtree(d, ignore_errors=True)

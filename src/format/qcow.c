@@ -192,7 +192,8 @@ static int l2_table_co(struct qcow *s, uint64_t offset, uint64_t *table) {
     if (r < 0)
         return r;
     *table = be64_load(at);
-    bool sane = *table >= HEADER_BYTES && *table < s->file->size;
+    /* A new table may lie behind the end of the file until the next flush. */
+    bool sane = *table >= HEADER_BYTES && *table < max_u64(s->file->size, s->end);
     return *table && !sane ? -EIO : 0;
 }
 
@@ -278,8 +279,9 @@ static int l2_table_writable_co(struct qcow *s, uint64_t offset, uint64_t *table
         s->end = *table + s->l2_bytes;
         if (!is_fresh(s, *table, file_end))
             r = disk_zero_co(s->file, *table, s->l2_bytes, 0);
-        if (!r && s->file->size < *table + s->l2_bytes)
-            r = disk_resize_co(s->file, *table + s->l2_bytes, PREALLOC_OFF, NULL);
+        for (uint64_t in = 0; !r && in < s->l2_bytes; in += PAGE_BYTES)
+            r = pages_get_new(&s->pages, *table + in,
+                              (uint32_t)min_u64(PAGE_BYTES, s->l2_bytes - in), LEVEL_L2, &page);
         if (!r)
             r = l1_page_co(s, offset, &page, &at);
         if (!r) {
@@ -416,7 +418,7 @@ static int qcow_flush_co(struct node *n) {
     if (!r)
         r = pages_take(&s->pages, LEVEL_L1, &l1);
     /* What is named is there whole: other writers put code right behind the end of the file. */
-    if (!r && l2.count && s->file->size < s->end)
+    if (!r && (l1.count || l2.count) && s->file->size < s->end)
         r = disk_resize_co(s->file, s->end, PREALLOC_OFF, NULL);
     if (!r && PLANTED(TABLE_NAMED_EARLY))
         r = pages_write_co(&s->pages, &l1);
