@@ -213,6 +213,11 @@ static int check_not_source(struct convert *c, const char *name) {
     for (int i = 0; i < c->src_n; i++) {
         for (struct node *l = c->src[i]; l; l = l->backing) {
             struct node *s = node_storage(l), *data = node_data_storage(l);
+            for (size_t p = 0; p < l->part_count; p++)
+                if (l->parts[p].node->filename && same_file(&st, l->parts[p].node->filename))
+                    return err_set(&c->ctx->err, EINVAL,
+                                   "%s is an extent of %s and would be overwritten", name,
+                                   c->names[i]);
             if ((s->filename && same_file(&st, s->filename)) ||
                 (data->filename && same_file(&st, data->filename)))
                 return err_set(&c->ctx->err, EINVAL, "%s is %s of %s and would be overwritten",
@@ -302,6 +307,12 @@ static int target_error(struct convert *c) {
     return rc;
 }
 
+/* Codes come in odd pieces; what the target takes is known only when it is there. */
+static bool takes_codes(const json_t *options) {
+    const char *kind = json_string_value(json_object_get(options, "subformat"));
+    return kind && !strcmp(kind, "streamOptimized");
+}
+
 static int create_target_co(struct convert *c) {
     const struct convert_args *a = c->a;
     struct err *e = &c->ctx->err;
@@ -322,7 +333,7 @@ static int create_target_co(struct convert *c) {
     if (r < 0)
         return dialect_is_qemu() ? target_error(c) : err_prefix(e, "%s", c->target_name);
 
-    bool automatic = (!a->cache || cache == CACHE_UNSAFE) && !a->compress;
+    bool automatic = (!a->cache || cache == CACHE_UNSAFE) && !a->compress && !takes_codes(options);
     c->unnamed = !device;
     r = device ? open_device_co(c, cache)
                : create_storage_co(c, cache_node_flags(cache), automatic);
@@ -419,7 +430,7 @@ int convert_copy_all_co(struct convert *c) {
         /* There, what is said of damage comes in order. */
         .workers = a->salvage && dialect_is_qemu() ? 1 : a->workers,
         .in_order = !a->out_of_order,
-        .compress = a->compress,
+        .compress = a->compress || c->dst->coded_only,
         .sparse_bytes = a->sparse,
         .target_is_zero = c->zero_init,
         .top_only = a->backing != NULL,

@@ -76,6 +76,7 @@ struct extent {
  */
 struct codec {
     const char *name;
+    uint32_t expands; /* encode never fails with -ENOSPC when out_cap is this much above in_len */
     int (*decode)(const void *in, size_t in_len, void *out, size_t out_len);
     ssize_t (*encode)(const void *in, size_t in_len, void *out, size_t out_cap);
 };

@@ -74,6 +74,9 @@ static inline int record_change_co(struct node *n, uint64_t offset, uint64_t len
 /* Writes with the exclusive lock on whole units already held. */
 int write_locked_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
                     int niov, unsigned flags);
+/* The same for formats that take codes only (write_encoded.c). */
+int write_encoded_co(struct node *n, uint64_t offset, uint64_t length, const struct iovec *iov,
+                     int niov);
 /* Zeros as data, lock held (format) or none needed (storage). */
 int write_zeros_co(struct node *n, uint64_t offset, uint64_t length);
 

@@ -199,6 +199,8 @@ int disk_flush_co(struct node *n) {
 }
 
 void disk_writeback_co(struct node *n) {
+    for (size_t i = 0; i < n->part_count; i++)
+        disk_writeback_co(n->parts[i].node);
     struct node *s = node_data_storage(n); /* of metadata there is little */
     if (!node_is_rw(s) || s->flags & NODE_NO_FLUSH || !s->drv->storage->writeback_co)
         return;
@@ -339,5 +341,9 @@ int64_t disk_allocated(struct node *n) {
     int64_t bytes = s->drv->storage->allocated(s), more = 0;
     if (data != s && data->drv->storage && data->drv->storage->allocated)
         more = data->drv->storage->allocated(data);
+    for (size_t i = 0; i < n->part_count; i++) {
+        int64_t part = disk_allocated(n->parts[i].node);
+        more += part > 0 ? part : 0;
+    }
     return bytes < 0 ? bytes : bytes + (more > 0 ? more : 0);
 }

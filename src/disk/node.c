@@ -44,6 +44,9 @@ void node_destroy_co(struct node *n) {
     bitmap_set_free(n);
     node_unref_co(n->file);
     node_unref_co(n->data_file);
+    for (size_t i = 0; i < n->part_count; i++)
+        node_unref_co(n->parts[i].node);
+    free(n->parts);
     node_unref_co(n->backing);
     unit_cache_drop(n);
     if (n->drv->opts && n->opts)
@@ -133,15 +136,20 @@ static void child_perms(const struct node *child, bool rw, unsigned parent_perm,
 
 static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e);
 
-/* The children that hold this node's own bytes, for a parent with `perm` and `shared`. */
+/* The i-th of the children that hold this node's own bytes; NULL: not there. */
+static struct node *own_file(const struct node *n, size_t i) {
+    return i == 0 ? n->file : i == 1 ? n->data_file : n->parts[i - 2].node;
+}
+
+/* All of them, for a parent with `perm` and `shared`. */
 static int reopen_files_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e) {
-    struct node *files[] = {n->file, n->data_file};
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < 2 + n->part_count; i++) {
+        struct node *file = own_file(n, i);
         unsigned file_perm, file_shared;
-        if (!files[i])
+        if (!file)
             continue;
-        child_perms(files[i], rw, perm, shared, &file_perm, &file_shared);
-        int r = reopen_one_co(files[i], rw, file_perm, file_shared, e);
+        child_perms(file, rw, perm, shared, &file_perm, &file_shared);
+        int r = reopen_one_co(file, rw, file_perm, file_shared, e);
         if (r < 0)
             return r;
     }
@@ -149,11 +157,11 @@ static int reopen_files_co(struct node *n, bool rw, unsigned perm, unsigned shar
 }
 
 static void files_to_read_only_co(struct node *n, unsigned shared) {
-    struct node *files[] = {n->file, n->data_file};
-    for (int i = 0; i < 2; i++)
-        if (files[i] && node_is_rw(files[i]))
-            reopen_one_co(files[i], false, files[i]->perm & ~(PERM_WRITE | PERM_RESIZE), shared,
-                          NULL);
+    for (size_t i = 0; i < 2 + n->part_count; i++) {
+        struct node *file = own_file(n, i);
+        if (file && node_is_rw(file))
+            reopen_one_co(file, false, file->perm & ~(PERM_WRITE | PERM_RESIZE), shared, NULL);
+    }
 }
 
 static int reopen_one_co(struct node *n, bool rw, unsigned perm, unsigned shared, struct err *e) {

@@ -59,6 +59,12 @@ enum node_flags {
     NODE_LOOK = 4096, /* opened for describe() alone: also with features that we cannot use */
 };
 
+/* A file beside the image's own (an extent of a VMDK). */
+struct node_part {
+    struct node *node;
+    uint64_t dev, ino; /* 0: no file that could be looked at */
+};
+
 struct node {
     const struct driver *drv;
     struct loop *loop;
@@ -81,13 +87,16 @@ struct node {
         request_align; /* storage: offset, length and memory must be multiples (O_DIRECT), else 1 */
     unsigned storage_flags;    /* enum storage_kind_flags */
     const struct codec *codec; /* format that can take coded units: what encodes them */
+    bool coded_only;           /* and takes nothing else: the engine encodes what is written */
 
-    struct node *file;      /* format, filter: where its bytes lie */
-    struct node *data_file; /* format: where guest bytes lie when not in `file`; NULL: there */
-    struct node *backing;   /* format: what holes read as; NULL none */
-    char *backing_name;     /* what the image's header claims, unopened too; NULL none */
-    char *backing_format;   /* recorded format of it; NULL none */
-    char *data_name;        /* external data file that the header claims, unopened too; NULL none */
+    struct node *file;       /* format, filter: where its bytes lie */
+    struct node *data_file;  /* format: where guest bytes lie when not in `file`; NULL: there */
+    struct node_part *parts; /* format: further files that the image names, each once */
+    size_t part_count;
+    struct node *backing; /* format: what holes read as; NULL none */
+    char *backing_name;   /* what the image's header claims, unopened too; NULL none */
+    char *backing_format; /* recorded format of it; NULL none */
+    char *data_name;      /* external data file that the header claims, unopened too; NULL none */
 
     struct range_lock locks; /* orders requests (io.c) */
     unsigned in_flight;      /* requests inside the engine */

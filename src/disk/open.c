@@ -16,6 +16,7 @@
 #include "disk/open.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -417,6 +418,76 @@ int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         if (e)
             err_move(e, &why);
     }
+    return r;
+}
+
+/* ---- parts ---- */
+
+bool node_wants_data(const struct open_ctx *ctx) {
+    return !(ctx->req->flags & OPEN_NO_DATA);
+}
+
+static int claimed_part_co(struct node *n, struct open_ctx *ctx, const char *claimed, json_t **out,
+                           struct err *e) {
+    AUTO_FREE char *resolved = data_file_resolve(n->filename, claimed, e);
+    struct stat st;
+    if (!resolved)
+        return -e->code;
+    int r = gate_check(ctx->req->gate, n->filename, resolved, claimed, e);
+    if (r < 0)
+        return r;
+    if (stat(resolved, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        return err_set(e, EINVAL, "it is neither a regular file nor a block device");
+    *out = json_object();
+    json_object_set_new(*out, "driver", json_string("file"));
+    json_object_set_new(*out, "filename", json_string_nocheck(resolved));
+    return 0;
+}
+
+/* A file that is open as a part already: opened twice, its locks would be in each other's way. */
+static struct node *find_part(struct node *n, const json_t *tree, struct node_part *id) {
+    const char *name = tree_str(tree, "filename");
+    struct stat st;
+    *id = (struct node_part){0};
+    if (!name || stat(name, &st) < 0)
+        return NULL;
+    id->dev = st.st_dev;
+    id->ino = st.st_ino;
+    for (size_t i = n->part_count; i-- > 0;)
+        if (n->parts[i].ino == id->ino && n->parts[i].dev == id->dev)
+            return n->parts[i].node;
+    return NULL;
+}
+
+int node_open_part_co(struct node *n, struct open_ctx *ctx, size_t index, const char *claimed,
+                      enum child_role role, bool writable, struct node **out, struct err *e) {
+    char key[24];
+    snprintf(key, sizeof(key), "%zu", index);
+    const json_t *user = json_object_get(json_object_get(ctx->tree, "extents"), key);
+    AUTO_JSON json_t *tree = NULL;
+    struct node_want want;
+    child_want(n, role, &want);
+    if (!writable) {
+        want.flags &= ~(unsigned)NODE_RW;
+        want.perm = PERM_CONSISTENT_READ;
+    }
+    int r =
+        user ? tree_from_child(user, true, &tree, e) : claimed_part_co(n, ctx, claimed, &tree, e);
+    if (!r)
+        r = check_data_file(ctx, tree, e);
+    if (r < 0)
+        return r;
+    struct node_part id;
+    if ((*out = find_part(n, tree, &id)))
+        return 0;
+    struct node_part *parts = realloc(n->parts, (n->part_count + 1) * sizeof(*parts));
+    if (!parts)
+        return err_set(e, ENOMEM, "no memory for one more file");
+    n->parts = parts;
+    r = open_tree_co(tree, ctx, ctx->req, &want, NULL, out, e);
+    id.node = *out;
+    if (!r)
+        n->parts[n->part_count++] = id;
     return r;
 }
 

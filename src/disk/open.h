@@ -117,6 +117,18 @@ int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e);
 /* The user's options name an external data file. */
 bool node_has_data_option(const struct open_ctx *ctx);
 
+/*
+ * Opens the file that the image names as its `index`-th part (an extent of a VMDK), by the user's
+ * option extents.INDEX, else as the path that is claimed, through the gate; a plain path whatever
+ * it looks like, and a regular file or block device.  `writable`: else read-only, whatever n is.
+ * *out is one of n->parts, and the same one when two names lead to one file.  -EINVAL: the image's
+ * own file, or one above it.
+ */
+int node_open_part_co(struct node *n, struct open_ctx *ctx, size_t index, const char *claimed,
+                      enum child_role role, bool writable, struct node **out, struct err *e);
+/* OPEN_NO_DATA: metadata of the image's own file is all that is asked. */
+bool node_wants_data(const struct open_ctx *ctx);
+
 /* A format on top of an already open storage node (its reference is taken over on success). */
 int node_open_on_co(struct node *file, const struct driver *format, const json_t *options,
                     const struct open_req *req, struct node **out, struct err *e);

@@ -17,6 +17,7 @@
     X(qcow)                                                                                        \
     X(parallels)                                                                                   \
     X(qed)                                                                                         \
+    X(vmdk)                                                                                        \
     X(file)                                                                                        \
     X(host_device)                                                                                 \
     X(host_cdrom)                                                                                  \

@@ -129,6 +129,8 @@ int write_locked_co(struct node *n, uint64_t offset, uint64_t length, const stru
     uint64_t done = 0;
     if (!n->drv->format->place_co)
         return -EROFS;
+    if (n->coded_only)
+        return write_encoded_co(n, offset, length, iov, niov);
     while (done < length) {
         struct placement p = {0};
         int r = n->drv->format->place_co(n, offset + done, length - done, 0, 0, &p);

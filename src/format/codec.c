@@ -38,11 +38,13 @@
 #include <limits.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <isa-l/igzip_lib.h>
 #include <libdeflate.h>
 #include <zlib.h>
 #include <zstd.h>
 #include <zstd_errors.h>
+#include "base/bytes.h"
 
 enum {
     DEFLATE_WINDOW_BITS = 12,
@@ -182,6 +184,94 @@ const struct codec codec_deflate = {
     .name = "zlib",
     .decode = qcow2_deflate_decode,
     .encode = qcow2_deflate_encode,
+};
+
+/* ---- zlib streams of VMDK ---- */
+
+enum { VMDK_MARKER = 12, STORED_MAX = 65535, STORED_HEAD = 5, ZLIB_AROUND = 6 };
+
+static size_t stored_size(size_t len) {
+    return len + (len + STORED_MAX - 1) / STORED_MAX * STORED_HEAD + ZLIB_AROUND;
+}
+
+/* What cannot be compressed, as it is: RFC 1951, 3.2.4. */
+static ssize_t encode_stored(const uint8_t *in, size_t in_len, uint8_t *out) {
+    size_t at = 0;
+    out[at++] = 0x78;
+    out[at++] = 0x01;
+    for (size_t done = 0, part; done < in_len; done += part) {
+        part = in_len - done < STORED_MAX ? in_len - done : STORED_MAX;
+        out[at++] = done + part == in_len;
+        le16_store(out + at, (uint16_t)part);
+        le16_store(out + at + 2, (uint16_t)~part);
+        memcpy(out + at + 4, in + done, part);
+        at += 4 + part;
+    }
+    be32_store(out + at, libdeflate_adler32(1, in, in_len));
+    return (ssize_t)at + 4;
+}
+
+static ssize_t vmdk_encode(const void *in, size_t in_len, void *out, size_t out_cap) {
+    if (in_len == 0 || in_len > UINT32_MAX || out_cap > UINT32_MAX)
+        return -EINVAL;
+    struct contexts *c = contexts_get();
+    if (!c)
+        return -ENOMEM;
+    if (!c->deflate_buf && !(c->deflate_buf = malloc(DEFLATE_LEVEL_BUF)))
+        return -ENOMEM;
+    if (!c->deflate && !(c->deflate = malloc(sizeof(*c->deflate))))
+        return -ENOMEM;
+    struct isal_zstream *s = c->deflate;
+    isal_deflate_stateless_init(s);
+    s->level = looks_random(in, in_len) ? DEFLATE_LEVEL_RANDOM : DEFLATE_LEVEL;
+    s->level_buf = c->deflate_buf;
+    s->level_buf_size = DEFLATE_LEVEL_BUF;
+    s->gzip_flag = IGZIP_ZLIB;
+    s->end_of_stream = 1;
+    s->next_in = (uint8_t *)in;
+    s->avail_in = in_len;
+    s->next_out = out;
+    s->avail_out = out_cap < in_len ? out_cap : in_len;
+    int r = isal_deflate_stateless(s);
+    if (r == COMP_OK && !s->avail_in)
+        return s->total_out;
+    if (r != STATELESS_OVERFLOW && r != COMP_OK)
+        return -EIO;
+    return out_cap < stored_size(in_len) ? -ENOSPC : encode_stored(in, in_len, out);
+}
+
+static int zlib_decode(const void *in, size_t in_len, void *out, size_t out_len) {
+    struct contexts *c = contexts_get();
+    size_t used, got;
+    if (!c || (!c->inflate && !(c->inflate = libdeflate_alloc_decompressor())))
+        return -ENOMEM;
+    if (libdeflate_zlib_decompress_ex(c->inflate, in, in_len, out, out_len, &used, &got) !=
+            LIBDEFLATE_SUCCESS ||
+        !got)
+        return -EIO;
+    memset((uint8_t *)out + got, 0, out_len - got);
+    return 0;
+}
+
+static int vmdk_decode(const void *in, size_t in_len, void *out, size_t out_len) {
+    const uint8_t *marker = in;
+    if (in_len < VMDK_MARKER || le32_load(marker + 8) > in_len - VMDK_MARKER)
+        return -EIO;
+    return zlib_decode(marker + VMDK_MARKER, le32_load(marker + 8), out, out_len);
+}
+
+/* For a unit of up to 1 MiB: 17 stored blocks. */
+enum { VMDK_EXPANDS = 17 * STORED_HEAD + ZLIB_AROUND };
+
+const struct codec codec_vmdk = {
+    .name = "zlib",
+    .expands = VMDK_EXPANDS,
+    .decode = vmdk_decode,
+    .encode = vmdk_encode,
+};
+const struct codec codec_vmdk_plain = {
+    .name = "zlib",
+    .decode = zlib_decode,
 };
 
 /* ---- zstd ---- */

@@ -11,4 +11,13 @@
 extern const struct codec codec_deflate; /* a raw deflate stream; qcow2 calls it "zlib" */
 extern const struct codec codec_zstd;
 
+/*
+ * Grains of streamOptimized VMDK files: a zlib stream.  `in` of decode is the grain's marker (12
+ * bytes) and the stream behind it; encode makes the stream alone.  A stream that ends early leaves
+ * zeros.
+ */
+extern const struct codec codec_vmdk;
+/* The same for files without markers. */
+extern const struct codec codec_vmdk_plain;
+
 #endif

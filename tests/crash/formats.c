@@ -25,6 +25,8 @@ const struct workload format_workloads[] = {
     {"vpc", "force_size=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vpc"},
     {"vpc-grow", "force_size=on", 1600 * KIB, 70, 12, 3, 5, 10, 0, 5, 24, 0, .format = "vpc",
      .plants = "TABLE_NAMED_EARLY"},
+    {"vmdk", "", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 40, 256 * KIB, .format = "vmdk"},
+    {"vmdk-zeroed", "zeroed_grain=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vmdk"},
     {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vpc"},
     {0},

@@ -19,6 +19,7 @@ class Shape:
     backing: bool = False   # may have a backing file
     exact: bool = True      # any size in sectors is kept
     sets_backing: bool = True  # and record another backing file, and another size
+    files: bool = False     # the data lies in files of their own
     size: int = 21 * MIB    # of the disks that tests make
 
     def __str__(self):
@@ -43,6 +44,12 @@ SHAPES = [
     Shape("qed", "cluster_size=4k,table_size=2", "cluster_size=4k,table_size=2", backing=True,
           size=9 * MIB),
     Shape("qed", "cluster_size=1M,table_size=2", "cluster_size=1M,table_size=2"),
+    Shape("vmdk"),
+    # qemu-io drops the grains that it zeroes, and nothing gives them back.
+    Shape("vmdk", "zeroed_grain=on", "zeroed_grain=on", checked=False),
+    Shape("vmdk", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentSparse",
+          files=True),
+    Shape("vmdk", "subformat=monolithicFlat", "subformat=monolithicFlat", files=True),
     # qemu-img refuses its own images with tables of one cluster, and overflows with these sizes.
     Shape("qed", "cluster_size=4k,table_size=1", None, peer_writes=False),
     Shape("qed", "cluster_size=4M,table_size=16", None, peer_writes=False),

@@ -49,7 +49,7 @@ def test_what_strata_converts_qemu_img_reads_and_the_reverse(run, peer, tmp_path
         run("check", "-f", shape.fmt, theirs)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if not s.files], ids=str)
 def test_measure_tells_the_length_of_a_converted_image(run, tmp_path, disk, shape):
     out = tmp_path / "out"
     said = run("measure", "-f", "raw", "-O", shape.fmt, *options(shape.options), disk).stdout
