@@ -36,6 +36,9 @@
 #include "base/ck.h"
 #include "disk/io.h"
 
+/* More than the L1 table of any real disk. */
+#define TABLE_OUTSIDE_MAX (2 * MIB)
+
 size_t check_room_bytes = CHECK_ROOM_BYTES;
 
 /* ---- reporting ---- */
@@ -130,6 +133,22 @@ void check_overlapped(struct check *c, uint64_t cluster, uint64_t count) {
         c->rebuild = true; /* which moves the counts away, and may leave nothing of the overlap */
 }
 
+/*
+ * A table that the file ends inside of reads as zeros from there on, as long as nothing else is put
+ * into its place.  Where it would go on for long, nothing is put behind the file at all.
+ */
+static void table_outside(struct check *c, uint64_t offset, uint64_t length) {
+    uint32_t bits = c->s->cluster_bits;
+    uint64_t from = max_u64(offset >> bits, c->file_clusters);
+    if (offset >= QCOW2_HOST_LIMIT || length >= QCOW2_HOST_LIMIT)
+        return;
+    uint64_t count = ((offset + length - 1) >> bits) + 1 - from;
+    if (count << bits <= TABLE_OUTSIDE_MAX)
+        check_outside(c, from, count);
+    else
+        c->outside_far = min_u64(c->outside_far, from);
+}
+
 int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t length, bool *ok) {
     *ok = true;
     if (!length)
@@ -148,10 +167,7 @@ int check_metadata(struct check *c, const char *what, uint64_t offset, uint64_t 
                          what, length, offset, c->file_length);
         c->incomplete = true;
         *ok = false;
-        /* It reads as zeros there, as long as nothing else is put into its place. */
-        uint64_t from = max_u64(offset >> c->s->cluster_bits, c->file_clusters);
-        if (offset < QCOW2_HOST_LIMIT && length < QCOW2_HOST_LIMIT)
-            check_outside(c, from, ((offset + length) >> c->s->cluster_bits) + 1 - from);
+        table_outside(c, offset, length);
         return 0;
     }
     uint64_t first = offset >> c->s->cluster_bits, n = qcow2_clusters_for(c->s, length);
