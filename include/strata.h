@@ -142,6 +142,21 @@ STRATA_API int strata_keep(struct strata_disk *d, const char *file, struct strat
 STRATA_API int strata_create(struct strata *s, const char *name, const char *format, uint64_t size,
                              const char *options, struct strata_error *error);
 
+enum strata_amend_flags {
+    STRATA_AMEND_FORCE = 1, /* changes that can lock one out (keys) */
+    STRATA_AMEND_SHRINK = 2 /* "size" may be smaller: what lies behind it is lost */
+};
+/*
+ * Changes options of the image of a disk that is open read-write: `options` is "key=value,..." as in
+ * `strata amend -o` ("compat=0.10", "lazy_refcounts=on", "refcount_bits=64", "size=20G" ...).
+ * Requests of other threads wait.  All is judged before anything is changed; each change is stable
+ * when it returns 0, and a kill or a power cut leaves the image before or behind one of them.
+ * -ENOTSUP: the format has no such options; -EINVAL: an unknown key, or a value that does not fit the
+ * image; -EROFS.
+ */
+STRATA_API int strata_amend(struct strata_disk *d, const char *options, unsigned flags,
+                            struct strata_error *error);
+
 /*
  * Internal snapshots: states of the disk that an image (qcow2) keeps inside itself; not to be
  * confused with STRATA_SNAPSHOT.  They have an id, unique and chosen by the format, and a name.

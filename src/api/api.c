@@ -626,3 +626,32 @@ int strata_create(struct strata *s, const char *name, const char *format, uint64
     struct create_call c = {name, format, options, size};
     return call_run(s, do_create, &c, error);
 }
+
+/* ---- options of an image ---- */
+
+struct amend_call {
+    struct node *node;
+    const char *options;
+    unsigned flags;
+};
+
+static int do_amend(void *arg, struct err *e) {
+    struct amend_call *c = arg;
+    json_t *tree = NULL;
+    int r = opt_parse_keyval(c->options, NULL, &tree, e);
+    if (r < 0)
+        return r;
+    struct amend_ctx ctx = {
+        .flags = (c->flags & STRATA_AMEND_FORCE ? AMEND_FORCE : 0) |
+                 (c->flags & STRATA_AMEND_SHRINK ? AMEND_SHRINK : 0),
+    };
+    r = disk_amend_co(c->node, tree, &ctx, e);
+    json_decref(tree);
+    return r < 0 ? err_prefix(e, "%s", c->node->filename) : 0;
+}
+
+int strata_amend(struct strata_disk *d, const char *options, unsigned flags,
+                 struct strata_error *error) {
+    struct amend_call c = {d->node, options ? options : "", flags};
+    return call_run(d->s, do_amend, &c, error);
+}

@@ -274,5 +274,8 @@ void cli_help_overview(FILE *out);
 void cli_help_verb(const struct verb *v, FILE *out);
 void cli_help_man(FILE *out);
 void cli_help_bash(FILE *out);
+/* The same of a drop-in name; the texts of the process are that program's from then on. */
+void cli_help_man_dropin(FILE *out, const char *program);
+void cli_help_bash_dropin(FILE *out, const char *program);
 
 #endif

@@ -35,6 +35,16 @@ const char *dialect_program(void) {
     return called_as ? called_as : "strata";
 }
 
+void dialect_speak(const char *name) {
+    called_as = name && strcmp(name, "strata") ? name : NULL;
+}
+
+const struct verb *dialect_verb(const char *name) {
+    return !strcmp(name, "qemu-io")    ? &verb_qemu_io
+           : !strcmp(name, "qemu-nbd") ? &verb_qemu_nbd
+                                       : NULL;
+}
+
 /* ---------------------------------------------------------------- options */
 
 /* Another letter or name of a row that the verb has by `target`. */
@@ -56,11 +66,24 @@ static const struct {
 static const struct {
     const char *verb, *name;
 } own_rows[] = {
-    {NULL, "trust"},         {NULL, "progress"},      {"amend", "shrink"},  {"bitmap", "list"},
-    {"bitmap", "cache"},     {"bitmap", "output"},    {"bitmap", "force-share"},
-    {"check", "cache"},      {"check", "-p"},         {"dd", "cache"},      {"info", "cache"},
-    {"map", "cache"},        {"measure", "cache"},    {"measure", "scan"},  {"resize", "cache"},
-    {"resize", "force-share"}, {"snapshot", "cache"}, {"snapshot", "output"},
+    {NULL, "trust"},
+    {NULL, "progress"},
+    {"amend", "shrink"},
+    {"bitmap", "list"},
+    {"bitmap", "cache"},
+    {"bitmap", "output"},
+    {"bitmap", "force-share"},
+    {"check", "cache"},
+    {"check", "-p"},
+    {"dd", "cache"},
+    {"info", "cache"},
+    {"map", "cache"},
+    {"measure", "cache"},
+    {"measure", "scan"},
+    {"resize", "cache"},
+    {"resize", "force-share"},
+    {"snapshot", "cache"},
+    {"snapshot", "output"},
     {NULL, NULL},
 };
 
@@ -74,6 +97,20 @@ bool dialect_hides(const struct verb *v, const struct cli_opt *o) {
             return true;
     }
     return false;
+}
+
+const char *dialect_other_name(const struct verb *v, const struct cli_opt *o, int n) {
+    static char text[32];
+    for (int i = 0; called_as && aliases[i].verb && o->name; i++) {
+        if (strcmp(aliases[i].verb, v->name) || strcmp(aliases[i].target, o->name) || n--)
+            continue;
+        if (aliases[i].letter)
+            snprintf(text, sizeof(text), "-%c", aliases[i].letter);
+        else
+            snprintf(text, sizeof(text), "--%s", aliases[i].name);
+        return text;
+    }
+    return NULL;
 }
 
 static const struct cli_opt *row_named(const struct verb *v, const char *name) {
@@ -467,7 +504,7 @@ static int misuse(const char *fmt, const char *word) {
 }
 
 /* That program's commands; those that this build lacks are not found in the table of verbs. */
-static bool is_qemu_img_verb(const char *name) {
+bool dialect_is_img_verb(const char *name) {
     static const char *const names[] = {
         "amend", "bench", "bitmap", "check",   "commit",   "compare", "convert", "create",
         "dd",    "info",  "map",    "measure", "snapshot", "rebase",  "resize",  NULL};
@@ -482,7 +519,7 @@ static void print_help(void) {
          "QEMU disk image utility, by strata " STRATA_VERSION "\n\n"
          "Commands:");
     for (int i = 0; verb_table[i]; i++)
-        if (is_qemu_img_verb(verb_table[i]->name))
+        if (dialect_is_img_verb(verb_table[i]->name))
             printf("  %-12s %s\n", verb_table[i]->name, verb_table[i]->summary);
     fputs("\nSupported formats:", stdout);
     for (int i = 0; driver_table[i]; i++)
@@ -510,7 +547,7 @@ static int img_main(int argc, char **argv) {
     }
     if (i >= argc)
         return misuse("Not enough arguments%.0s", "");
-    const struct verb *v = is_qemu_img_verb(argv[i]) ? verb_find(argv[i]) : NULL;
+    const struct verb *v = dialect_is_img_verb(argv[i]) ? verb_find(argv[i]) : NULL;
     if (!v)
         return misuse("Command not found: %s", argv[i]);
     return cli_verb_main(v, argc - i - 1, argv + i + 1);

@@ -29,6 +29,19 @@ cli_words(const char *own, const char *qemu) {
     return dialect_is_qemu() ? qemu : own;
 }
 
+/*
+ * For pages and completions: from here on the texts are those of this program ("qemu-img" ...; NULL
+ * or "strata": our own).
+ */
+void dialect_speak(const char *name);
+/* The programs qemu-io and qemu-nbd as the one verb that each is; NULL: another name. */
+const struct verb *dialect_verb(const char *name);
+extern const struct verb verb_qemu_io, verb_qemu_nbd;
+/* A command of qemu-img. */
+bool dialect_is_img_verb(const char *name);
+/* What else `o` is called there: "-T", "--source-format" ...; NULL.  `n` counts from 0. */
+const char *dialect_other_name(const struct verb *v, const struct cli_opt *o, int n);
+
 /* The program's name and arguments are another program's: its exit status; -1: they are ours. */
 int dialect_main(int argc, char **argv);
 

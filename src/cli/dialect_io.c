@@ -81,7 +81,7 @@ static int qemu_io_run_co(struct verb_ctx *ctx) {
     return io_session_end_co(&s);
 }
 
-static const struct verb verb_qemu_io = {
+const struct verb verb_qemu_io = {
     .name = "qemu-io",
     .summary = "QEMU disk exerciser, by strata",
     .synopsis = "[FILE]",

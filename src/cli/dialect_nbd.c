@@ -277,7 +277,7 @@ static int qemu_nbd_run(struct verb_ctx *ctx) {
     return r ? r : serve(a, ctx->pos[0], e);
 }
 
-static const struct verb verb_qemu_nbd = {
+const struct verb verb_qemu_nbd = {
     .name = "qemu-nbd",
     .summary = "QEMU disk network block device utility, by strata",
     .synopsis = "FILE",

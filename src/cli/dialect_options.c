@@ -83,8 +83,8 @@ static const struct row rows[] = {
      "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | "
      "twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
      "vmdk"},
-    {"subformat", STR, "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
-     "vhdx"},
+    {"subformat", STR,
+     "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.", "vhdx"},
     {"table_size", SIZE, "L1/L2 table size (in clusters)"},
     {"toolsversion", STR, "VMware guest tools version"},
     {"zeroed_grain", BOOL, "Enable efficient zero writes using the zeroed-grain GTE feature"},

@@ -8,6 +8,7 @@
 #include "base/size.h"
 #include "base/strbuf.h"
 #include "cli/cli.h"
+#include "cli/dialect.h"
 #include "cli/help.h"
 #include "disk/driver.h"
 
@@ -65,7 +66,10 @@ void help_put_text(struct strbuf *b, const struct cli_opt *o) {
 }
 
 void help_put_usage(struct strbuf *b, const struct verb *v) {
-    strbuf_printf(b, "strata %s", v->name);
+    if (dialect_verb(v->name))
+        strbuf_puts(b, v->name);
+    else
+        strbuf_printf(b, "%s %s", dialect_program(), v->name);
     if (v->opts)
         strbuf_puts(b, " [OPTION...]");
     if (v->synopsis && *v->synopsis)
@@ -112,6 +116,8 @@ void cli_help_verb(const struct verb *v, FILE *out) {
             v->summary + 1);
     bool own_h = false;
     for (const struct cli_opt *o = v->opts; o && (o->letter || o->name); o++) {
+        if (dialect_hides(v, o) && !dialect_other_name(v, o, 0))
+            continue;
         print_row(out, o);
         own_h = own_h || o->letter == 'h';
     }

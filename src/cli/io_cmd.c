@@ -399,6 +399,10 @@ static const struct io_cmd io_commands[] = {
 
 #define COMMANDS_N (sizeof(io_commands) / sizeof(io_commands[0]))
 
+const struct io_cmd *io_command(size_t index) {
+    return index < COMMANDS_N ? &io_commands[index] : NULL;
+}
+
 static const struct io_cmd *find_command(const char *name) {
     for (size_t i = 0; i < COMMANDS_N; i++)
         if (!strcmp(io_commands[i].name, name) ||

@@ -89,6 +89,9 @@ struct io_cmd {
     const char *const *details; /* lines, NULL-terminated; NULL: none */
 };
 
+/* The index-th command of the table; NULL behind the last. */
+const struct io_cmd *io_command(size_t index);
+
 io_fn io_read_co, io_readv_co, io_aio_read_co, io_write_co, io_writev_co, io_aio_write_co,
     io_discard_co, io_open_command_co, io_close_co, io_reopen_co;
 

@@ -6,24 +6,35 @@
 
 static const char *const shell_names[] = {"none", "bash", NULL};
 
+/* Whose page or script; the first is our own name. */
+static const char *const program_names[] = {"strata", "qemu-img", "qemu-io", "qemu-nbd", NULL};
+
 struct args {
     bool man;
-    int shell;
+    int shell, program;
 };
 static const struct cli_opt opts[] = {
     CLI_FLAG(struct args, man, 0, "man", "print the manual page as roff"),
     CLI_ENUM(struct args, shell, 0, "completion", "SHELL", shell_names, 0,
              "print the completion script of a shell"),
+    CLI_ENUM(struct args, program, 0, "for", "PROGRAM", program_names, 0,
+             "with --man or --completion: of a drop-in name"),
     CLI_END};
 
 static int help_run(struct verb_ctx *ctx) {
     const struct args *a = ctx->args;
     if (a->man) {
-        cli_help_man(stdout);
+        if (a->program)
+            cli_help_man_dropin(stdout, program_names[a->program]);
+        else
+            cli_help_man(stdout);
         return 0;
     }
     if (a->shell) {
-        cli_help_bash(stdout);
+        if (a->program)
+            cli_help_bash_dropin(stdout, program_names[a->program]);
+        else
+            cli_help_bash(stdout);
         return 0;
     }
     if (!ctx->pos_n) {

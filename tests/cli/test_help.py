@@ -156,13 +156,38 @@ def test_man_page_is_clean_roff_and_names_every_option(run, peer):
     assert not [line for line in page.splitlines() if line.startswith("'")]
 
 
+@pytest.mark.parametrize("program", ["qemu-img", "qemu-io", "qemu-nbd"])
+def test_drop_in_names_have_a_page_and_a_completion_of_their_own(run, tmp_path, program):
+    page = run("help", "--man", "--for", program).stdout
+    assert page.startswith(".TH STRATA\\-" + program.upper().replace("-", "\\-"))
+    assert not [line for line in page.splitlines() if line.startswith("'")]
+    assert "\\-\\-trust" not in page and "\\-\\-object" in page
+    if program == "qemu-img":
+        # Letters that other rows have there, and none that only strata has.
+        assert ".SS qemu\\-img convert" in page and ".SS qemu\\-img serve" not in page
+        assert "\\-\\-source\\-format=FMT" in page and "\\-T MODE" in page
+        assert complete(run, tmp_path, program, "conv") == ["convert"]
+        assert complete(run, tmp_path, program, "ser") == []
+        assert "--backing-chain" in complete(run, tmp_path, program, "info", "--b")
+        assert complete(run, tmp_path, program, "info", "--tru") == []
+        assert "-T" in complete(run, tmp_path, program, "check", "-")
+        assert complete(run, tmp_path, program, "map", "--output", "j") == ["json"]
+    else:
+        assert complete(run, tmp_path, program, "--image") == ["--image-opts"]
+        assert "qcow2" in complete(run, tmp_path, program, "-f", "qc")
+    if program == "qemu-io":
+        assert "aio_write" in page
+
+
 def complete(run, tmp_path, *line):
     script = tmp_path / "strata.bash"
-    script.write_text(run("help", "--completion", "bash").stdout)
+    dropin = [] if line[0] == "strata" else ["--for", line[0]]
+    script.write_text(run("help", "--completion", "bash", *dropin).stdout)
+    function = "_strata" if not dropin else "_strata_" + line[0].replace("-", "_")
     words = " ".join(f"'{w}'" for w in line)
     p = subprocess.run(
         ["bash", "-c", f"source {script}; COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; "
-         "_strata 2>/dev/null; printf '%s\\n' \"${COMPREPLY[@]}\""],
+         f"{function} 2>/dev/null; printf '%s\\n' \"${{COMPREPLY[@]}}\""],
         capture_output=True, text=True, cwd=tmp_path, check=True)
     return p.stdout.split()
 

@@ -242,6 +242,25 @@ static void bitmaps_record_what_is_written(void **state) {
 
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
+static void options_of_an_image_are_changed_through_the_library(void **state) {
+    struct strata_error e;
+    struct strata_disk *d = open_disk(base, STRATA_READ_WRITE);
+    assert_int_equal(strata_pwrite(d, "amended", 7, 1000), 0);
+    assert_int_equal(strata_amend(d, "lazy_refcounts=on,size=12M", 0, &e), 0);
+    assert_int_equal(strata_size(d), 12 * MIB);
+    assert_int_equal(strata_amend(d, "size=8M", 0, &e), -EINVAL);
+    assert_int_equal(strata_size(d), 12 * MIB);
+    assert_int_equal(strata_amend(d, "size=8M", STRATA_AMEND_SHRINK, &e), 0);
+    assert_int_equal(strata_amend(d, "refcount_bit=8", 0, &e), -EINVAL);
+    assert_non_null(strstr(e.hint, "refcount_bits"));
+    expect(d, 1000, "amended");
+    assert_int_equal(strata_close(d), 0);
+    d = open_disk(base, 0);
+    assert_int_equal(strata_amend(d, "lazy_refcounts=off", 0, &e), -EROFS);
+    assert_int_equal(strata_size(d), 8 * MIB);
+    strata_close(d);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(what_was_written_is_there_after_reopening),
@@ -253,6 +272,7 @@ int main(void) {
         TEST(errors_name_the_file_and_what_to_do),
         TEST(many_threads_write_one_disk),
         TEST(bitmaps_record_what_is_written),
+        TEST(options_of_an_image_are_changed_through_the_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
