@@ -2,6 +2,15 @@
 /* Workloads of guests' requests on the other formats that can be written. */
 #include "workloads.h"
 
+/* A clean close and another opening, between requests: the log is given up and begun again. */
+static void reopen_co(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    lab_must(node_reopen_co(l->disk, false, &e), &e, "to read-only");
+    lab_must(node_reopen_co(l->disk, true, &e), &e, "to read-write");
+}
+
+static const struct lab_op reopen_ops[] = {{"reopen", 3, true, reopen_co}, {NULL}};
+
 const struct workload format_workloads[] = {
     {"vdi-4k", "block_size=4k", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 256 * KIB, .format = "vdi",
      .plants = "VDI_COUNT_LAST"},
@@ -29,5 +38,14 @@ const struct workload format_workloads[] = {
     {"vmdk-zeroed", "zeroed_grain=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vmdk"},
     {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vpc"},
+    {"vhdx", "block_size=1M", 4 * MIB, 60, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vhdx",
+     .ops = reopen_ops,
+     .plants = "VHDX_LOG_UNNAMED VHDX_NO_LOG"},
+    {"vhdx-grow", "block_size=1M,block_state_zero=off", 1600 * KIB, 60, 12,
+     3, 5, 10, 0, 5, 24, 0, .format = "vhdx"},
+    {"vhdx-fixed", "block_size=1M,subformat=fixed", 2 * MIB, 60, 12, 3, 10, 10, 0, 0, 40, 0,
+     .format = "vhdx", .ops = reopen_ops},
+    {"vhdx-overlay", "block_size=1M,backing_file=lab:1", 3 * MIB, 60, 12, 3, 10, 10, 0, 4, 40, 0,
+     .format = "vhdx", .below = {{"vhdx", "block_size=1M", 2 * MIB, .filled = true}}},
     {0},
 };

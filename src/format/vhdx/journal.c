@@ -35,7 +35,7 @@ int vhdx_header_update_co(struct vhdx *s) {
         return -ENOMEM;
     vhdx_header_store(&h, buf);
     int r = disk_pwrite_co(s->file, VHDX_HEADER_AT(other), buf, VHDX_HEADER_BYTES);
-    if (!r && !PLANTED(VHDX_HEADERS_TOGETHER))
+    if (!r)
         r = disk_flush_co(s->file);
     buf_put(buf, VHDX_HEADER_BYTES);
     if (r < 0)
@@ -77,19 +77,19 @@ int vhdx_begin_co(struct vhdx *s) {
 }
 
 int vhdx_end_co(struct vhdx *s) {
-    int r = 0;
     if (!s->begun)
         return 0;
-    if (s->file->size > s->next)
-        r = disk_resize_co(s->file, s->next, PREALLOC_OFF, NULL);
-    if (!r && !PLANTED(VHDX_LOG_DROPPED_EARLY))
-        r = disk_flush_co(s->file);
+    int r = disk_flush_co(s->file);
     if (r < 0)
         return r;
     memset(&s->h.log_guid, 0, sizeof(s->h.log_guid));
     r = vhdx_header_update_co(s);
-    if (!r)
-        s->begun = false;
+    if (r < 0)
+        return r;
+    s->begun = false;
+    /* Room made ahead goes; entries of a log that still counts would miss it. */
+    if (s->scanned && s->file->size > s->next)
+        r = disk_resize_co(s->file, s->next, PREALLOC_OFF, NULL);
     return r;
 }
 
@@ -115,7 +115,7 @@ static uint32_t make_entry(const struct vhdx *s, const struct pages_batch *b, si
     le64_store(buf + 16, s->log_sequence);
     le32_store(buf + 24, count);
     memcpy(buf + 32, s->h.log_guid.b, 16);
-    le64_store(buf + 48, align_down(s->file->size, VHDX_SECTOR));
+    le64_store(buf + 48, align_down(s->stable_size, VHDX_SECTOR));
     le64_store(buf + 56, align_up(s->file->size, VHDX_MIB));
     for (uint32_t i = 0; i < count; i++) {
         const uint8_t *page = b->bytes + (from + i) * VHDX_SECTOR;
@@ -180,9 +180,11 @@ int vhdx_flush_co(struct node *n) {
     int r = pages_take(&s->pages, 0, &b);
     if (!r && b.count)
         r = vhdx_begin_co(s);
+    uint64_t size = s->file->size; /* it may grow meanwhile, which the barrier does not cover */
     if (!r && !PLANTED(NO_BARRIER_BEFORE_TABLES))
         r = disk_flush_co(s->file);
     if (!r && b.count) {
+        s->stable_size = size;
         s->log_used = 0;
         r = PLANTED(VHDX_NO_LOG) ? 0 : log_pages_co(s, &b);
     }

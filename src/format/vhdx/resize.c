@@ -13,7 +13,6 @@
 
 #include "base/bytes.h"
 #include "base/ck.h"
-#include "base/plant.h"
 #include "disk/io.h"
 #include "format/vhdx/vhdx.h"
 
@@ -67,14 +66,12 @@ static int move_bat_co(struct vhdx *s, uint64_t entries) {
         r = disk_resize_co(s->file, bat.offset + bat.length, PREALLOC_OFF, NULL);
     if (!r && !(s->file->storage_flags & STORAGE_ZERO_INIT))
         r = disk_zero_co(s->file, bat.offset, bat.length, 0);
-    if (!r && !PLANTED(VHDX_BAT_NAMED_EARLY))
+    if (!r)
         r = copy_co(s->file, s->r.bat.offset, bat.offset, s->r.bat.length, buf);
     if (!r)
         r = disk_flush_co(s->file);
     if (!r)
         r = name_bat_co(s, &bat, buf);
-    if (!r && PLANTED(VHDX_BAT_NAMED_EARLY))
-        r = copy_co(s->file, s->r.bat.offset, bat.offset, s->r.bat.length, buf);
     if (!r) {
         s->r.bat = bat;
         s->next = bat.offset + bat.length;

@@ -209,6 +209,7 @@ struct vhdx {
     uint64_t log_head; /* place of the next log entry in the ring */
     uint64_t log_used; /* bytes of entries before it whose pages may not be stable in place */
     uint64_t log_sequence;
+    uint64_t stable_size; /* of the file, that the barrier before the entries has covered */
 
     uint64_t next;    /* the end of all blocks, where the next one goes */
     bool scanned;     /* and of those whose end the file does not hold */
