@@ -510,6 +510,43 @@ static int case_snapshot_small(struct trial *t) {
     return r;
 }
 
+/* What a guest does to an image of a small format, and growth where there is any. */
+static int small_format(struct trial *t, const char *name) {
+    WITH(t, n, name, OPEN_RW);
+    r = write_co(t, n, 3, 2);
+    r = r ? r : write_co(t, n, 77, 20);
+    r = r ? r : flush_co(t, n);
+    r = r ? r : zero_co(t, n, 70, 16, ZERO_MAY_UNMAP);
+    r = r ? r : discard_co(t, n, 88, 8);
+    if (n->codec)
+        r = r ? r : coded_co(t, n, 128);
+    r = r ? r : flush_co(t, n);
+    r = r ? r : write_co(t, n, 130, 1);
+    r = r ? r : flush_co(t, n);
+    if (n->drv->format->resize_co)
+        r = r ? r : disk_resize_co(n, SIZE + 40 * KIB, PREALLOC_OFF, &t->e);
+    r = r ? r : write_co(t, n, 480, 30);
+    r = r ? r : flush_co(t, n);
+    r = r ? r : read_co(t, n);
+    node_unref_co(n);
+    return r;
+}
+static int case_vdi(struct trial *t) {
+    return small_format(t, "small.vdi");
+}
+static int case_qed(struct trial *t) {
+    return small_format(t, "small.qed");
+}
+static int case_qcow(struct trial *t) {
+    return small_format(t, "small.qcow");
+}
+static int case_parallels(struct trial *t) {
+    return small_format(t, "small.parallels");
+}
+static int case_vpc(struct trial *t) {
+    return small_format(t, "small.vpc");
+}
+
 const struct fault_case fault_cases[] = {
     {"open", "top.qcow2", NULL, case_open},
     {"read", "top.qcow2", NULL, case_read},
@@ -540,12 +577,17 @@ const struct fault_case fault_cases[] = {
     {"repair", "hurt.qcow2", NULL, case_repair},
     {"snapshot", "top.qcow2", NULL, case_snapshot},
     {"snapshot-small", "small.qcow2", NULL, case_snapshot_small},
+    {"vdi", "small.vdi", NULL, case_vdi},
+    {"qed", "small.qed", NULL, case_qed},
+    {"qcow", "small.qcow", NULL, case_qcow},
+    {"parallels", "small.parallels", NULL, case_parallels},
+    {"vpc", "small.vpc", NULL, case_vpc},
     {0},
 };
 
 /* ---------------------------------------------------------------- the images at the start */
 
-static void load(struct trial *t, const char *name) {
+static struct file *load(struct trial *t, const char *name) {
     int i = 0;
     struct stat st;
     while (t->seed[i].name)
@@ -553,10 +595,11 @@ static void load(struct trial *t, const char *name) {
     int fd = open(path(t, name), O_RDONLY);
     if (fd < 0 || fstat(fd, &st) || i == FILES)
         die(name);
-    t->seed[i] = (struct file){name, malloc((size_t)st.st_size), (size_t)st.st_size};
+    t->seed[i] = (struct file){name, malloc((size_t)st.st_size), (size_t)st.st_size, false};
     if (read(fd, t->seed[i].bytes, t->seed[i].size) != st.st_size)
         die(name);
     close(fd);
+    return &t->seed[i];
 }
 
 static void make_filled_co(struct trial *t, const char *name, const char *options, uint32_t id) {
@@ -617,4 +660,14 @@ void seeds_co(struct trial *t) {
     load(t, "flat.img");
     load(t, "sub.qcow2");
     load(t, "hurt.qcow2");
+    static const char *const formats[][2] = {{"vdi", "block_size=4k"},
+                                             {"qed", "cluster_size=4k,table_size=1"},
+                                             {"qcow", ""},
+                                             {"parallels", "cluster_size=4k"},
+                                             {"vpc", "force_size=on"}};
+    for (size_t i = 0; i < sizeof(formats) / sizeof(formats[0]); i++) {
+        char *name = xasprintf("small.%s", formats[i][0]); /* the seed keeps it */
+        must(create_co(t, name, formats[i][0], formats[i][1]), &t->e, name);
+        load(t, name)->apart = true;
+    }
 }

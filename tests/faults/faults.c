@@ -77,14 +77,20 @@ static bool write_file(const char *name, const uint8_t *bytes, size_t size) {
     return fd >= 0 && !close(fd) && ok;
 }
 
-static void place_files(struct trial *t) {
+/* Whether the case begins with that image. */
+static bool is_placed(const struct file *f, const struct fault_case *c) {
+    return !f->apart || (c->image && !strcmp(f->name, c->image));
+}
+
+static void place_files(struct trial *t, const struct fault_case *c) {
     DIR *d = opendir(path(t, ""));
     for (struct dirent *x; d && (x = readdir(d));)
         if (x->d_name[0] != '.')
             unlink(path(t, x->d_name));
     closedir(d);
     for (int i = 0; i < FILES && t->seed[i].name; i++)
-        if (!write_file(path(t, t->seed[i].name), t->seed[i].bytes, t->seed[i].size))
+        if (is_placed(&t->seed[i], c) &&
+            !write_file(path(t, t->seed[i].name), t->seed[i].bytes, t->seed[i].size))
             die("placing the images");
 }
 
@@ -190,7 +196,7 @@ static bool run_once_co(struct trial *t, const struct fault_case *c, enum fault_
                         unsigned long n) {
     snprintf(where, sizeof(where), "%s, %s at %lu", c->name, fault_names[kind], n);
     alarm(60);
-    place_files(t);
+    place_files(t, c);
     t->next_id = 1000;
     for (uint64_t b = 0; b < BLOCKS; b++) {
         t->was[b] = t->will[b] = c->image ? starts_as(t, c->image, b) : 0;
@@ -209,7 +215,9 @@ static bool run_once_co(struct trial *t, const struct fault_case *c, enum fault_
     err_clear(&t->e);
     sample(t, c);
     for (int i = 0; i < FILES && t->seed[i].name; i++)
-        if (strcmp(t->seed[i].name, "hurt.qcow2"))
+        if (!is_placed(&t->seed[i], c))
+            continue;
+        else if (strcmp(t->seed[i].name, "hurt.qcow2"))
             judge_check_co(t, t->seed[i].name);
         else if (c->image && !strcmp(c->image, "hurt.qcow2"))
             judge_repair_co(t, !r);

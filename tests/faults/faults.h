@@ -22,13 +22,14 @@
 #define BLOCK 512u
 #define SIZE (256 * KIB)
 #define BLOCKS (SIZE / BLOCK)
-#define FILES 8
+#define FILES 16
 #define STEP_ALL 250 /* up to here each n is tried, then every seventh */
 
 struct file {
     const char *name;
     uint8_t *bytes;
     size_t size;
+    bool apart; /* there only for the case that is about it */
 };
 
 struct trial {
