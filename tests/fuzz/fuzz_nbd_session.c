@@ -5,9 +5,10 @@
  * The first byte chooses what surrounds the rest: bit 0, a handshake made here comes first, so that
  * the input is requests; bit 1, read-only; bit 2, qcow2 instead of raw; bit 3, the client does not
  * read the answers before it has sent everything; bit 4, the storage lets other requests in
- * between; bit 5, and some of its writes fail.  The rest are the client's bytes.  Each 28-byte
- * request that begins after "Rq" is completed with the magic number, so that mutations stay
- * requests.
+ * between; bit 5, and some of its writes fail; bit 6, with bit 0 headers are extended, else TLS is
+ * required; bit 7, the export is paused for a while, limited, and taken away under its clients at
+ * the end.  The rest are the client's bytes.  A request that begins after "Rq" ("Re": an extended
+ * one) is completed with the magic number, so that mutations stay requests.
  *
  * Invariants: the server answers or hangs up, and is done soon after the client has; a second
  * client is then served; the disk keeps its size.
@@ -16,7 +17,9 @@
 
 #include <sys/socket.h>
 #include "export/nbd/proto.h"
+#include "export/export.h"
 #include "export/nbd/server.h"
+#include "export/nbd/tls.h"
 
 #define DISK_BYTES (256 * KIB)
 #define SEND_MAX (64 * KIB)
@@ -45,16 +48,22 @@ static const uint8_t hello[] = {
     0,   0,   0,   7,   0,   0,   0,   6,   0,   0,   0,   0,   0,   0, /* go */
 };
 
-/* The client's bytes: "Rq" stands for the magic number of a request. */
+enum { HELLO_OPTION = 15 }; /* where hello names structured replies */
+
+/* The client's bytes: "Rq" and "Re" stand for the magic numbers of requests. */
 static void compose(const struct session *s, struct peer *p) {
     p->bytes = xcalloc(1, sizeof(hello) + s->size * 2 + 1);
     if (s->mode & 1) {
         memcpy(p->bytes, hello, sizeof(hello));
         p->len = sizeof(hello);
+        if (s->mode & 64)
+            p->bytes[HELLO_OPTION] = NBD_OPT_EXTENDED_HEADERS;
     }
     for (size_t i = 0; i < s->size;) {
-        if (i + 1 < s->size && s->data[i] == 'R' && s->data[i + 1] == 'q') {
-            be32_store(p->bytes + p->len, NBD_REQUEST_MAGIC);
+        bool two = i + 1 < s->size && s->data[i] == 'R';
+        if (two && (s->data[i + 1] == 'q' || s->data[i + 1] == 'e')) {
+            be32_store(p->bytes + p->len,
+                       s->data[i + 1] == 'q' ? NBD_REQUEST_MAGIC : NBD_EXTENDED_REQUEST_MAGIC);
             p->len += 4;
             i += 2;
         } else {
@@ -87,6 +96,17 @@ static void connect_peer(struct nbd_server *server, struct peer *p) {
     FUZZ_CHECK(nbd_server_attach(server, fds[1], &e) == 0, "attach: %s", err_text(&e));
 }
 
+/* What control/ does to an export while clients use it. */
+static void pause_co(void *arg) {
+    struct export *x = arg;
+    for (int i = 0; i < 3; i++) {
+        task_yield_co();
+        x->ops->pause_co(x);
+        task_yield_co();
+        x->ops->resume(x);
+    }
+}
+
 /* Reads until the server hangs up. */
 static uint64_t drain_co(struct peer *p) {
     static uint8_t sink[64 * KIB];
@@ -99,13 +119,15 @@ static uint64_t drain_co(struct peer *p) {
     }
 }
 
-static void session_co(struct nbd_server *server, const struct session *s) {
+static void session_co(struct nbd_server *server, struct export *x, const struct session *s) {
     struct peer p = {0};
     struct task_group group;
     compose(s, &p);
     connect_peer(server, &p);
     task_group_init(&group);
     task_group_spawn(&group, loop_self(), send_co, &p);
+    if (s->mode & 128)
+        task_group_spawn(&group, loop_self(), pause_co, x);
     if (s->mode & 8)
         for (int i = 0; i < 8 && !p.sent; i++)
             task_yield_co();
@@ -155,14 +177,23 @@ static void one_co(void *arg) {
     struct nbd_server *server;
     struct err e AUTO_ERR = ERR_INIT;
     struct node *n = disk_co(s->mode);
-    struct nbd_server_opts opts = {.verbose = false};
+    struct nbd_server_opts opts = {.tls_required = true};
+    struct export *first;
+    if ((s->mode & 65) == 64) {
+        struct nbd_tls_opts t = {.kind = TLS_ANON};
+        FUZZ_CHECK(nbd_tls_new(&t, &opts.tls, &e) == 0, "TLS: %s", err_text(&e));
+    }
     struct nbd_export_opts x = {.name = "x", .node = n, .read_only = s->mode & 2};
+    if (s->mode & 128)
+        x.bytes = x.requests = INT64_MAX;
     struct nbd_export_opts y = {.name = "y", .node = n, .allocation_depth = true, .share = 1};
     FUZZ_CHECK(nbd_server_new(loop_self(), &opts, &server, &e) == 0, "server: %s", err_text(&e));
-    FUZZ_CHECK(nbd_server_add(server, &x, NULL, &e) == 0, "export: %s", err_text(&e));
+    FUZZ_CHECK(nbd_server_add(server, &x, &first, &e) == 0, "export: %s", err_text(&e));
     FUZZ_CHECK(nbd_server_add(server, &y, NULL, &e) == 0, "export: %s", err_text(&e));
-    session_co(server, s);
+    session_co(server, first, s);
     second_client_co(server);
+    if (s->mode & 128)
+        FUZZ_CHECK(first->ops->remove_co(first, true, &e) == 0, "remove: %s", err_text(&e));
     nbd_server_stop_co(server);
     FUZZ_CHECK(nbd_server_clients(server) == 0, "clients are left after the stop");
     nbd_server_free(server);

@@ -200,8 +200,23 @@ def make_nbd(rng):
                   + request(7, 0, 262144) + request(7, 0, 65536, 8) + request(1, 5, 3, 0, b"xyz")
                   + request(0, 262144, 1) + request(0, 1 << 63, 512) + request(0, 0, 1 << 31)
                   + request(0, 100, 0) + request(77) + request(2))
-    for mode in (1, 3, 5, 9, 13, 17, 21, 53):
+    for mode in (1, 3, 5, 9, 13, 17, 21, 53, 129, 181):
         yield f"all-{mode}", bytes([mode]) + everything
+
+    def extended(kind, offset=0, length=0, flags=0, payload=b""):
+        return b"Re" + struct.pack(">HHQQQ", flags, kind, 0x1122, offset, length) + payload
+
+    wide = (extended(1, 0, 1024, 33, b"A" * 1024) + extended(0, 0, 2048) + extended(0, 0, 131072)
+            + extended(3) + extended(4, 0, 1 << 40) + extended(6, 0, 262144) + extended(7, 0, 262144)
+            + extended(7, 0, 12, 32, struct.pack(">QI", 4096, 1)) + extended(7, 0, 8, 32, b"x" * 8)
+            + extended(0, 0, 100, 32, b"y" * 100) + extended(5, 0, 262144) + extended(77)
+            + extended(0, 1 << 63, 1 << 63) + extended(1, 0, 4) + extended(2))
+    for mode in (65, 67, 69, 85, 117, 193):
+        yield f"wide-{mode}", bytes([mode]) + wide
+    yield "tls", b"\x40" + flags + option(3) + option(7, info) + option(5) + b"\x16\3\1\0\5hello"
+    yield "tls-plain", b"\x40" + flags + option(5) + option(3) + option(1)
+    yield "names", b"\0" + flags + option(11) + option(8) + option(10, name(b"y") + struct.pack(">I", 1)
+                                                                  + name(b"qemu:")) + option(7, info)
     yield "bad-magic", b"\1" + request(0, 0, 512) + b"x" * 28 + request(0, 0, 512)
     yield "cut", b"\1" + request(1, 0, 4096, 0, b"Z" * 100)
     yield "large", b"\1" + request(0, 0, 262144) * 30 + request(2)

@@ -31,6 +31,7 @@ def make_ca(d, name):
         certtool("--generate-certificate", "--load-ca-certificate", d / "ca-cert.pem", "--load-ca-privkey",
                  d / "ca-key.pem", "--load-privkey", d / f"{who}-key.pem", "--template", d / f"{who}.tmpl",
                  "--outfile", d / f"{who}-cert.pem")
+    certtool("--get-dh-params", "--sec-param", "medium", "--outfile", d / "dh-params.pem")
     return d
 
 
@@ -50,6 +51,7 @@ def psk(tmp_path_factory):
     d = tmp_path_factory.mktemp("psk")
     for name, user, key in (("keys.psk", "alice", "0123456789abcdef" * 2), ("wrong.psk", "alice", "f" * 32)):
         (d / name).write_text(f"{user}:{key}\n")
+    certtool("--get-dh-params", "--sec-param", "medium", "--outfile", d / "dh-params.pem")  # qemu would make its own
     return d
 
 
@@ -178,7 +180,7 @@ def free_port():
 
 
 def wait_port(port):
-    for _ in range(200):
+    for _ in range(3000):
         try:
             socket.create_connection(("127.0.0.1", port)).close()
             return
