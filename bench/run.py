@@ -37,6 +37,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.path.join(ROOT, os.environ.get("BUILD", "build"))
 STRATA = os.environ.get("STRATA") or os.path.join(BUILD, "src/strata")
 LOAD = os.path.join(BUILD, "bench/nbd_load")
+FLOOR = os.path.join(BUILD, "bench/nbd_floor")
 GIB = float(os.environ.get("BENCH_GIB", "4"))
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
 SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))
@@ -404,14 +405,16 @@ def nbd_rows(d, raw, qcow2):
              ("256 KiB sequential read, depth 32", ["-r", "-s", "-d", "32", "-b", "262144"]),
              ("256 KiB sequential write, depth 32", ["-w", "-s", "-d", "32", "-b", "262144"])]
     groups = [
-        ("qcow2", qcow2, work, [("strata", strata_serve("qcow2", work)),
+        # The floor serves the raw image whatever the group is: what sockets and file system cost.
+        ("qcow2", qcow2, work, [("strata", strata_serve("qcow2", work)), ("floor", [FLOOR, "SOCK", work_raw]),
                                 ("qemu-nbd threads", qemu_nbd("threads", "qcow2", work)),
                                 ("qemu-nbd io_uring", qemu_nbd("io_uring", "qcow2", work))]),
-        ("raw", raw, work_raw, [("strata", strata_serve("raw", work_raw)),
+        ("raw", raw, work_raw, [("strata", strata_serve("raw", work_raw)), ("floor", [FLOOR, "SOCK", work_raw]),
                                 ("qemu-nbd threads", qemu_nbd("threads", "raw", work_raw)),
                                 ("qemu-nbd io_uring", qemu_nbd("io_uring", "raw", work_raw)),
                                 ("nbdkit file", ["nbdkit", "-f", "-U", "SOCK", "file", work_raw])]),
         ("overlay", raw, work_raw, [("strata", strata_serve("raw", work_raw, "--snapshot")),
+                                    ("floor", [FLOOR, "SOCK", work_raw]),
                                     ("qemu-nbd -s", qemu_nbd("io_uring", "raw", work_raw, "-s")),
                                     ("nbdkit cow", ["nbdkit", "-f", "-U", "SOCK", "--filter=cow",
                                                     "file", work_raw])])]
