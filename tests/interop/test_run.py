@@ -418,6 +418,30 @@ def test_kill_9_of_strata_takes_the_guest_along(started, scratch):
     assert os.listdir(scratch) == []
 
 
+def test_control_socket_commits_and_drops_under_a_running_guest(started, run, blank, tmp_path):
+    """The guest writes z, which is committed, then y, which is dropped; it reads what is true."""
+    ctl, step = tmp_path / "ctl", tmp_path / "step"
+    code = ("print('up', flush=True); import time, pathlib\nstep = pathlib.Path(%r)\n"
+            "def wait(n):\n while not step.exists() or step.read_text() != n: time.sleep(.01)\n"
+            "disks[0].pwrite(b'z'*512, 0)\nstep.write_text('1')\nwait('2')\n"
+            "disks[0].pwrite(b'y'*512, 0)\nstep.write_text('3')\nwait('4')\n"
+            "assert disks[0].pread(512, 0) == b'z'*512\nstep.write_text('5')\ntime.sleep(60)" % str(step))
+    p, _ = started(code, "--control", ctl)
+    wait_until(lambda: step.exists() and step.read_text() == "1", what="first write")
+    assert "disk0" in run("ctl", ctl, "status").stdout
+    run("ctl", ctl, "commit")
+    assert blank.read_bytes()[:512] == b"z" * 512
+    step.write_text("2")
+    wait_until(lambda: step.read_text() == "3", what="second write")
+    run("ctl", ctl, "drop")
+    assert "ends with its guest" in run("ctl", ctl, "stop", status=1).stderr
+    step.write_text("4")
+    wait_until(lambda: step.read_text() == "5", what="guest satisfied")
+    p.terminate()
+    p.communicate(timeout=20)
+    assert blank.read_bytes()[:512] == b"z" * 512 and not ctl.exists()
+
+
 def test_stopped_guest_commits_nothing(started, blank):
     p, _ = started("disks[0].pwrite(b'z'*512, 0)", "--commit-on-exit")
     p.terminate()

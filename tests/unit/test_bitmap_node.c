@@ -302,6 +302,24 @@ static void disabled_and_unusable_ones_do_not_record(void *arg) {
     node_unref_co(n);
 }
 
+static void exported_ones_stay_as_clients_see_them(void *arg) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct node *n = disk_new();
+    struct bitmap *shown = add(n, "shown"), *other = add(n, "other");
+    assert_int_equal(write_co(n, 0, 512), 0);
+    shown->exported = 2;
+    assert_int_equal(bitmap_remove_co(shown, &e), -EBUSY);
+    assert_non_null(strstr(e.text, "'shown' is exported"));
+    assert_int_equal(bitmap_clear_co(shown, NULL), -EBUSY);
+    assert_int_equal(bitmap_merge_co(shown, other, NULL), -EBUSY);
+    assert_int_equal(bitmap_merge_co(other, shown, NULL), 0);
+    assert_true(bitmap_dirty_bytes(shown) > 0);
+    shown->exported = 0;
+    assert_int_equal(bitmap_clear_co(shown, NULL), 0);
+    assert_int_equal(bitmap_remove_co(shown, NULL), 0);
+    node_unref_co(n);
+}
+
 static void sizes_are_followed_and_growth_counts_as_change(void *arg) {
     struct node *n = disk_new();
     struct bitmap *b = add(n, "b");
@@ -344,6 +362,7 @@ int main(void) {
         SCENE(stored_bits_join_when_they_are_asked_for),
         SCENE(clearing_forgets_what_is_stored),
         SCENE(disabled_and_unusable_ones_do_not_record),
+        SCENE(exported_ones_stay_as_clients_see_them),
         SCENE(sizes_are_followed_and_growth_counts_as_change),
         SCENE(two_stored_ones_of_one_name_are_found),
     };
