@@ -22,7 +22,7 @@ packages=(
     libnbd0 libgnutls28-dev liburing-dev zlib1g-dev libzstd-dev libdeflate-dev libisal-dev libjansson-dev libfuse3-dev libcmocka-dev
     # the peers that tests and bench compare with
     qemu-utils nbdkit libnbd-bin python3-libnbd libnbd-dev gnutls-bin fio python3-oslo.utils
-    libvirt-daemon libvirt-clients bximage libvhdi-utils 7zip cloop-utils
+    libvirt-daemon libvirt-clients bximage libvhdi-utils libvmdk-utils 7zip cloop-utils
     mtools dosfstools dmg2img libbz2-1.0 liblzma5
     # the guest of `run`, `make try` and its tests
     $qemu busybox-static cpio gzip e2fsprogs xfsprogs fuse3 fuse2fs fdisk

@@ -12,6 +12,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include "base/log.h"
 #include "base/strbuf.h"
@@ -39,6 +40,15 @@ static void hold_standard_descriptors(void) {
  */
 static void bound_heaps(void) {
     mallopt(M_ARENA_MAX, 4);
+}
+
+/* A disk may lie in thousands of files; shells set the soft limit for programs that use select. */
+static void raise_file_limit(void) {
+    struct rlimit l;
+    if (getrlimit(RLIMIT_NOFILE, &l) == 0 && l.rlim_cur < l.rlim_max) {
+        l.rlim_cur = l.rlim_max < 65536 ? l.rlim_max : 65536;
+        setrlimit(RLIMIT_NOFILE, &l);
+    }
 }
 
 static void log_to_stderr(void *arg, enum log_level level, const char *text) {
@@ -164,6 +174,7 @@ static int unknown_verb(const char *word) {
 int main(int argc, char **argv) {
     hold_standard_descriptors();
     bound_heaps();
+    raise_file_limit();
     signal(SIGPIPE, SIG_IGN);
     int status = dialect_main(argc, argv);
     if (status >= 0)

@@ -76,6 +76,9 @@ void node_unref_co(struct node *n) {
         }
         if (node_is_rw(n))
             disk_flush_co(n); /* whoever must know the outcome has flushed before */
+        /* Without flushes (cache unsafe) tables still leave memory, when all is over. */
+        if (node_is_rw(n) && n->flags & NODE_NO_FLUSH && n->drv->format && n->drv->format->flush_co)
+            n->drv->format->flush_co(n);
         n->refs = 0;
         struct node *below = n->backing;
         n->backing = NULL;

@@ -36,6 +36,8 @@ const struct workload format_workloads[] = {
      .plants = "TABLE_NAMED_EARLY"},
     {"vmdk", "", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 40, 256 * KIB, .format = "vmdk"},
     {"vmdk-zeroed", "zeroed_grain=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vmdk"},
+    {"vmdk-overlay", "backing_file=lab:1,backing_fmt=vmdk,zeroed_grain=on", 2 * MIB, 80, 12, 3, 10,
+     10, 0, 0, 40, 256 * KIB, .format = "vmdk", .below = {{"vmdk", "", 2 * MIB, .filled = true}}},
     {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vpc"},
     {"vhdx", "block_size=1M", 4 * MIB, 60, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vhdx",

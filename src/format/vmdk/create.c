@@ -388,16 +388,33 @@ int vmdk_measure(const void *create_opts, const struct measure_in *in, struct me
 
 /* ---------------------------------------------------------------- another parent */
 
+/* The header says that the descriptor lies at `sector`; stable. */
+static int name_text_co(struct vmdk *s, uint64_t sector) {
+    uint8_t header[VMDK_HEADER_BYTES];
+    struct vmdk_map *m = s->d.extents[0].map;
+    struct vmdk_header h = m->h;
+    h.desc_offset = sector;
+    h.desc_size = s->text_room / VMDK_SECTOR;
+    vmdk_header_store(&h, header);
+    int r = disk_flush_co(s->file);
+    if (!r)
+        r = disk_pwrite_co(s->file, 0, header, sizeof(header));
+    if (!r)
+        r = disk_flush_co(s->file);
+    if (!r)
+        m->h = h;
+    return r;
+}
+
 /*
- * The old text counts until the new one is whole: inside a sparse file a new one that changes more
- * than its first sector goes to the end, and one write of the header names it.  A descriptor that
- * is a file by itself is rewritten where it is, in one write.
+ * Inside a sparse file some text is whole at any moment: a copy of the new one goes to the end, the
+ * header names that, the text is rewritten in its place, where some readers look without asking,
+ * and the header names it again.  A descriptor that is a file by itself is rewritten by one write.
  */
 static int store_text_co(struct vmdk *s, const struct strbuf *text) {
-    uint64_t room = s->embedded ? (uint64_t)VMDK_DESC_SECTORS * VMDK_SECTOR : text->len;
-    uint8_t header[VMDK_HEADER_BYTES];
+    int r;
     if (!s->embedded) {
-        int r = disk_pwrite_co(s->file, s->text_at, text->s, text->len);
+        r = disk_pwrite_co(s->file, s->text_at, text->s, text->len);
         if (!r && s->text_at == 0 && s->file->size > text->len)
             r = disk_resize_co(s->file, text->len, PREALLOC_OFF, NULL);
         if (!r && s->text_at == 0)
@@ -405,36 +422,51 @@ static int store_text_co(struct vmdk *s, const struct strbuf *text) {
         return r;
     }
     struct vmdk_map *m = s->d.extents[0].map;
-    char *padded = calloc(1, room);
+    uint64_t end = m->file->size;
+    uint64_t at = align_up(max_u64(end, m->scanned ? m->next : 0), m->grain_bytes);
+    char *padded = at / VMDK_SECTOR <= UINT32_MAX ? calloc(1, s->text_room) : NULL;
     if (!padded)
         return -ENOMEM;
     memcpy(padded, text->s, text->len);
-    uint64_t at = align_up(max_u64(m->file->size, m->scanned ? m->next : 0), m->grain_bytes);
-    int r = at / VMDK_SECTOR > UINT32_MAX ? -EFBIG : disk_pwrite_co(s->file, at, padded, room);
+    r = disk_pwrite_co(s->file, at, padded, s->text_room);
     if (!r)
-        r = disk_flush_co(s->file);
-    if (!r) {
-        struct vmdk_header h = m->h;
-        h.desc_offset = at / VMDK_SECTOR;
-        h.desc_size = room / VMDK_SECTOR;
-        vmdk_header_store(&h, header);
-        r = disk_pwrite_co(s->file, 0, header, sizeof(header));
-        if (!r)
-            m->h = h;
-    }
-    if (!r) {
-        s->text_at = at;
-        s->text_room = room;
-        m->scanned = false; /* what is placed next lies behind */
-        m->spare_count = 0;
-    }
+        r = name_text_co(s, at / VMDK_SECTOR);
+    if (!r)
+        r = disk_pwrite_co(s->file, s->text_at, padded, s->text_room);
+    if (!r)
+        r = name_text_co(s, s->text_at / VMDK_SECTOR);
+    if (!r)
+        disk_resize_co(s->file, end, PREALLOC_OFF, NULL); /* else it stays, unused */
     free(padded);
+    m->scanned = false; /* what is placed next lies behind all that is there */
+    m->spare_count = 0;
     return r;
+}
+
+/* The text with this parent. */
+static int change_parent_co(struct vmdk *s, uint32_t cid, const char *name, struct err *e) {
+    struct strbuf text AUTO_STRBUF = STRBUF_INIT;
+    char *old AUTO_FREE = malloc(s->text_room + 1);
+    if (!old)
+        return err_set(e, ENOMEM, "no memory for the descriptor");
+    int r = vmdk_modified_co(s); /* before the text is read */
+    if (!r)
+        r = disk_pread_co(s->file, s->text_at, old, s->text_room);
+    if (r < 0)
+        return err_errno(e, -r, "reading the descriptor");
+    vmdk_desc_rewrite(old, s->text_room, cid, name, &text);
+    if (s->embedded && text.len > s->text_room)
+        return err_set(e, ENOSPC, "a descriptor of %zu bytes; there is room for %" PRIu64, text.len,
+                       s->text_room);
+    r = store_text_co(s, &text);
+    if (r < 0)
+        return err_errno(e, -r, "writing the descriptor");
+    s->d.parent_cid = cid;
+    return 0;
 }
 
 int vmdk_set_backing_co(struct node *n, const char *name, const char *format, struct err *e) {
     struct vmdk *s = vmdk_of(n);
-    struct strbuf text AUTO_STRBUF = STRBUF_INIT;
     uint32_t cid = VMDK_NO_PARENT;
     int r = 0;
     if (s->frozen || !s->d.cid_digits)
@@ -452,29 +484,88 @@ int vmdk_set_backing_co(struct node *n, const char *name, const char *format, st
         r = parent_cid_co(n->filename, name, &cid, e);
     if (r < 0)
         return r;
-    char *old AUTO_FREE = malloc(s->text_room + 1);
-    if (!old)
-        return err_set(e, ENOMEM, "no memory for the descriptor");
-    r = disk_pread_co(s->file, s->text_at, old, s->text_room);
+    r = change_parent_co(s, cid, name, e);
     if (r < 0)
-        return err_errno(e, -r, "reading the descriptor");
-    vmdk_desc_rewrite(old, s->text_room, cid, name, &text);
-    if (s->embedded && text.len > (size_t)VMDK_DESC_SECTORS * VMDK_SECTOR)
-        return err_set(e, ENOSPC, "no room for a descriptor of %zu bytes", text.len);
-    r = vmdk_modified_co(s); /* before the text moves */
-    if (!r)
-        r = disk_pread_co(s->file, s->text_at, old, s->text_room);
-    if (!r) {
-        text.len = 0;
-        vmdk_desc_rewrite(old, s->text_room, cid, name, &text);
-        r = store_text_co(s, &text);
-    }
-    if (r < 0)
-        return err_errno(e, -r, "writing the descriptor");
-    s->d.parent_cid = cid;
+        return r;
     free(n->backing_name);
     free(n->backing_format);
     n->backing_name = name ? xstrdup(name) : NULL;
     n->backing_format = name ? xstrdup("vmdk") : NULL;
     return 0;
+}
+
+/* ---------------------------------------------------------------- after a commit */
+
+/* The tables of extent offset [at, +covers) name nothing any more. */
+static int empty_tables_co(struct vmdk_map *m, uint64_t at) {
+    for (int redundant = 0; redundant < (m->rgd ? 2 : 1); redundant++) {
+        uint64_t table;
+        int r = vmdk_table_co(m, at, redundant, &table);
+        if (redundant && r == -EIO)
+            continue;
+        for (uint64_t i = 0; !r && table && i < m->gt_entries;) {
+            struct page *page;
+            uint8_t *p;
+            uint32_t left;
+            r = vmdk_entry_co(m, table, i, VMDK_LEVEL_GT, &page, &p, &left);
+            if (r < 0)
+                break;
+            if (!bytes_are_zero(p, (size_t)left * 4)) {
+                pages_modify(&m->pages, page);
+                memset(p, 0, (size_t)left * 4);
+            }
+            i += left;
+        }
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int empty_map_co(struct vmdk *s, struct vmdk_map *m) {
+    int r = 0;
+    for (uint64_t at = 0; !r && at < m->capacity; at += m->covers) {
+        r = vmdk_activate_co(s, m);
+        if (!r && pages_crowded(&m->pages))
+            r = vmdk_map_flush_co(m);
+        if (!r)
+            r = empty_tables_co(m, at);
+    }
+    return r ? r : vmdk_map_flush_co(m);
+}
+
+/*
+ * The tables stay where they are, so only a file whose tables all lie in front, as ours do, gets
+ * shorter.  All that was here is in the parent by now, so it reads the same whenever this is
+ * killed; the parent has another content ID since, which is recorded first.
+ */
+int vmdk_empty_co(struct node *n, struct err *e) {
+    struct vmdk *s = vmdk_of(n);
+    uint32_t cid;
+    for (size_t i = 0; i < s->d.count; i++)
+        if (!s->d.extents[i].map || s->d.extents[i].map->coded || s->d.extents[i].map->frozen ||
+            s->d.extents[i].access != VMDK_RW)
+            return err_set(e, ENOTSUP, "extent %zu cannot be emptied", i);
+    int r = 0;
+    if (n->backing && vmdk_cid_of(n->backing, &cid) && cid != s->d.parent_cid &&
+        s->d.parent_cid != VMDK_NO_PARENT)
+        r = change_parent_co(s, cid, s->d.hint, e);
+    if (r < 0)
+        return r;
+    r = vmdk_modified_co(s);
+    for (size_t i = 0; !r && i < s->d.count; i++) {
+        struct vmdk_map *m = s->d.extents[i].map;
+        uint64_t table = 0, last = 0;
+        r = empty_map_co(s, m);
+        for (uint64_t at = 0; !r && at < m->capacity; at += m->covers) {
+            r = vmdk_table_co(m, at, false, &table);
+            last = max_u64(last, table);
+        }
+        if (!r && last < m->data_low) {
+            disk_resize_co(m->file, m->data_low, PREALLOC_OFF, NULL); /* a device keeps its size */
+            m->scanned = false;
+            m->spare_count = 0;
+        }
+    }
+    return r < 0 ? err_errno(e, -r, "clearing the tables") : 0;
 }

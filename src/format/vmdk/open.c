@@ -579,6 +579,7 @@ static const struct format_ops vmdk_format = {
     .discard_co = vmdk_discard_co,
     .flush_co = vmdk_flush_co,
     .set_backing_co = vmdk_set_backing_co,
+    .empty_co = vmdk_empty_co,
     .repairs = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS,
     .check_co = vmdk_check_co,
     .describe = vmdk_describe,

@@ -243,6 +243,7 @@ int vmdk_create_co(struct node *file, const void *create_opts, struct create_ctx
                    struct err *e);
 int vmdk_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,
                  struct err *e);
+int vmdk_empty_co(struct node *n, struct err *e);
 int vmdk_set_backing_co(struct node *n, const char *name, const char *format, struct err *e);
 
 /* ---- check.c ---- */
