@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.." || exit
 here=build-fuzz/tests/fuzz
 seconds=${FUZZ_SECONDS:-60}
 export ASAN_OPTIONS=quarantine_size_mb=16${ASAN_OPTIONS:+:$ASAN_OPTIONS}
+export LSAN_OPTIONS=suppressions=$PWD/tests/fuzz/lsan.supp:print_suppressions=0${LSAN_OPTIONS:+:$LSAN_OPTIONS}
 # entropic=0: with thousands of features an input its bookkeeping takes half of the time.
 common=(-entropic=0 -timeout=25 -rss_limit_mb=512 -max_total_time="$seconds")
 

@@ -71,13 +71,15 @@ const char *const create_file_keys[] = {"nocow", "extent_size_hint", NULL};
 int create_file_options(const json_t *options, struct create_file_opts *out, struct err *e) {
     struct create_file_opts o = {0};
     json_t *own = json_object();
+    int bad = own ? 0 : -1;
     for (int i = 0; create_file_keys[i]; i++) {
         json_t *v = json_object_get(options, create_file_keys[i]);
         if (v)
-            json_object_set(own, create_file_keys[i], v);
+            bad |= json_object_set(own, create_file_keys[i], v);
     }
     bool any = json_object_size(own);
-    int r = opt_fill(create_file_rows, own, OPT_CREATE, NULL, &o, e);
+    int r = bad ? err_set(e, ENOMEM, "no memory for options")
+                : opt_fill(create_file_rows, own, OPT_CREATE, NULL, &o, e);
     json_decref(own);
     if (r < 0)
         return r;

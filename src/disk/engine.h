@@ -89,6 +89,9 @@ static inline void json_unref(json_t **j) {
     json_decref(*j);
 }
 #define AUTO_JSON AUTO(json_unref)
+/* Takes `value` over, and refuses rather than loses it: -ENOMEM. */
+int tree_set(json_t *tree, const char *key, json_t *value, struct err *e);
+int tree_of_file(const char *name, json_t **out, struct err *e); /* of a plain file */
 /* {"driver": .., "filename": ..} of the storage that `name` means. */
 int tree_from_storage_name(const char *name, json_t **out, struct err *e);
 /* The tree of the image that `name` means: its storage below "file", or what json: says. */
@@ -101,7 +104,7 @@ int tree_node_flags(const json_t *tree, unsigned *flags, struct err *e);
 /* "filename" given to a format means its file's name. */
 int tree_lower_filename(json_t *tree, struct err *e);
 /* And a file's name given to a storage driver or a filter is its own, or its child's. */
-void tree_raise_filename(json_t *tree, const struct driver *drv);
+int tree_raise_filename(json_t *tree, const struct driver *drv, struct err *e);
 char *tree_display_name(const json_t *tree); /* for messages */
 /* Says nothing but what the storage below is: that one's name tells as much. */
 bool tree_is_plain(const json_t *tree);

@@ -81,7 +81,9 @@ static int probe_tree_co(const json_t *tree, const struct open_ctx *ctx, unsigne
                              .perm = PERM_CONSISTENT_READ,
                              .shared = PERM_ALL};
     struct node *file = NULL;
-    json_object_set_new(sub, "read-only", json_true());
+    r = tree_set(sub, "read-only", json_true(), e);
+    if (r < 0)
+        return r;
     r = open_tree_co(sub, ctx, ctx->req, &want, NULL, &file, e);
     if (r < 0)
         return r;
@@ -154,6 +156,8 @@ static int open_tree_co(const json_t *tree_in, const struct open_ctx *parent,
                         const struct open_req *req, const struct node_want *want,
                         struct node *preset_file, struct node **out, struct err *e) {
     AUTO_JSON json_t *tree = json_deep_copy(tree_in);
+    if (!tree)
+        return err_set(e, ENOMEM, "no memory for options");
     struct open_ctx ctx = {.parent = parent, .req = req, .tree = tree, .preset_file = preset_file};
     ctx.depth = parent ? parent->depth + (want->role == CHILD_BACKING) : 0;
     ctx.file_depth = !parent || want->role == CHILD_BACKING ? 0 : parent->file_depth + 1;
@@ -172,8 +176,8 @@ static int open_tree_co(const json_t *tree_in, const struct open_ctx *parent,
         return r;
     if ((!drv || !drv->storage) && (r = tree_lower_filename(tree, e)) < 0)
         return r;
-    if (drv && drv->storage)
-        tree_raise_filename(tree, drv);
+    if (drv && drv->storage && (r = tree_raise_filename(tree, drv, e)) < 0)
+        return r;
     if ((r = check_loop(&ctx, e)) < 0)
         return r;
     if (!drv) {
@@ -245,14 +249,14 @@ static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct no
         return r;
     const char *said = tree_str(json_object_get(ctx->tree, "backing"), "driver");
     if (said) {
-        json_object_set_new(tree, "driver", json_string_nocheck(said));
+        r = tree_set(tree, "driver", json_string_nocheck(said), e);
     } else if (n->backing_format) {
         /* The record is of the format; what it names must not be a way around the gate. */
         const struct driver *drv = driver_find(n->backing_format);
         if (!drv || !drv->format)
             return err_set(e, ENOTSUP, "its recorded format '%s' is unknown", n->backing_format);
         if (!json_object_get(tree, "driver"))
-            json_object_set_new(tree, "driver", json_string(drv->name));
+            r = tree_set(tree, "driver", json_string(drv->name), e);
     } else if (ctx->req->gate < GATE_LOCAL && !json_object_get(tree, "driver")) {
         const struct driver *drv;
         bool guessed;
@@ -266,10 +270,11 @@ static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct no
                         "--trust local, or record the format in the image");
             return -EPERM;
         }
-        json_object_set_new(tree, "driver", json_string("raw"));
+        r = tree_set(tree, "driver", json_string("raw"), e);
     }
-    *out = steal(&tree);
-    return 0;
+    if (!r)
+        *out = steal(&tree);
+    return r;
 }
 
 /*
@@ -332,8 +337,8 @@ int node_open_backing_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         r = tree_from_child(user, false, &tree, e);
     else if (n->backing_name)
         r = claimed_tree_co(n, ctx, &want, &tree, &why);
-    if (!r && tree && user && !says_where)
-        json_object_update_recursive(tree, (json_t *)user);
+    if (!r && tree && user && !says_where && json_object_update_recursive(tree, (json_t *)user) < 0)
+        r = err_set(&why, ENOMEM, "no memory for options");
     if (!r && tree)
         r = open_layer_co(tree, ctx, &want, &n->backing, &why);
     if (r < 0 && why.code) {
@@ -389,10 +394,7 @@ static int claimed_data_co(struct node *n, struct open_ctx *ctx, json_t **out, s
     int r = gate_check(ctx->req->gate, n->filename, resolved, n->data_name, e);
     if (r < 0)
         return r;
-    *out = json_object();
-    json_object_set_new(*out, "driver", json_string("file"));
-    json_object_set_new(*out, "filename", json_string_nocheck(resolved));
-    return 0;
+    return tree_of_file(resolved, out, e);
 }
 
 int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
@@ -438,10 +440,7 @@ static int claimed_part_co(struct node *n, struct open_ctx *ctx, const char *cla
         return r;
     if (stat(resolved, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         return err_set(e, EINVAL, "it is neither a regular file nor a block device");
-    *out = json_object();
-    json_object_set_new(*out, "driver", json_string("file"));
-    json_object_set_new(*out, "filename", json_string_nocheck(resolved));
-    return 0;
+    return tree_of_file(resolved, out, e);
 }
 
 /* A file that is open as a part already: opened twice, its locks would be in each other's way. */
@@ -516,15 +515,17 @@ static void root_want(const struct open_req *req, struct node_want *w) {
 }
 
 /* The user's -f over a tree that names only storage. */
-static void apply_format(json_t **tree, const char *format) {
+static int apply_format(json_t **tree, const char *format, struct err *e) {
     const char *name = tree_str(*tree, "driver");
     const struct driver *drv = name ? driver_find(name) : NULL;
     if (drv && drv->storage && strcmp(name, format)) {
         json_t *wrapped = json_object();
-        json_object_set_new(wrapped, "file", *tree);
+        int r = tree_set(wrapped, "file", *tree, e); /* which is its own from here on */
         *tree = wrapped;
+        if (r < 0)
+            return r;
     }
-    json_object_set_new(*tree, "driver", json_string_nocheck(format));
+    return tree_set(*tree, "driver", json_string_nocheck(format), e);
 }
 
 int node_open_co(const struct open_req *req, struct node **out, struct err *e) {
@@ -536,10 +537,10 @@ int node_open_co(const struct open_req *req, struct node **out, struct err *e) {
         r = tree_from_name(req->name, &tree, e);
     else
         tree = json_object();
-    if (!r && req->options)
-        json_object_update_recursive(tree, (json_t *)req->options);
+    if (!r && req->options && json_object_update_recursive(tree, (json_t *)req->options) < 0)
+        r = err_set(e, ENOMEM, "no memory for options");
     if (!r && req->format)
-        apply_format(&tree, req->format);
+        r = apply_format(&tree, req->format, e);
     root_want(req, &want);
     if (!r)
         r = open_tree_co(tree, NULL, req, &want, NULL, out, e);
@@ -562,17 +563,22 @@ int node_open_on_co(struct node *file, const struct driver *format, const json_t
                     const struct open_req *req, struct node **out, struct err *e) {
     AUTO_JSON json_t *tree = options ? json_deep_copy(options) : json_object();
     struct node_want want;
+    int r = 0;
     root_want(req, &want);
+    *out = NULL;
     if (file->filename && !json_object_get(tree, "file")) {
         json_t *f = json_object();
-        json_object_set_new(f, "filename", json_string_nocheck(file->filename));
-        json_object_set_new(tree, "file", f);
+        r = tree_set(f, "filename", json_string_nocheck(file->filename), e);
+        int r2 = tree_set(tree, "file", f, e);
+        r = r ? r : r2;
     }
-    json_object_set_new(tree, "driver", json_string(format->name));
-    *out = NULL;
+    if (!r)
+        r = tree_set(tree, "driver", json_string(format->name), e);
+    if (r < 0)
+        return r;
     unsigned refs = file->refs;
     node_ref(file); /* the driver may drop it on failure; the caller keeps its own then */
-    int r = open_tree_co(tree, NULL, req, &want, file, out, e);
+    r = open_tree_co(tree, NULL, req, &want, file, out, e);
     if (r < 0 && file->refs > refs)
         node_unref_co(file); /* open failed before the driver took the preset */
     if (!r)

@@ -39,6 +39,27 @@ unsigned cache_node_flags(enum cache_mode m) {
 
 /* ---- trees ---- */
 
+int tree_set(json_t *tree, const char *key, json_t *value, struct err *e) {
+    /* An option that is lost would open something else: never silently. */
+    return json_object_set_new(tree, key, value) < 0 ? err_set(e, ENOMEM, "no memory for options")
+                                                     : 0;
+}
+
+static int tree_copy(const json_t *tree, json_t **out, struct err *e) {
+    *out = json_deep_copy(tree);
+    return *out ? 0 : err_set(e, ENOMEM, "no memory for options");
+}
+
+int tree_of_file(const char *name, json_t **out, struct err *e) {
+    AUTO_JSON json_t *t = json_object();
+    int r = tree_set(t, "driver", json_string("file"), e);
+    if (!r)
+        r = tree_set(t, "filename", json_string_nocheck(name), e);
+    if (!r)
+        *out = steal(&t);
+    return r;
+}
+
 int tree_from_storage_name(const char *name, json_t **out, struct err *e) {
     const struct driver *drv = driver_for_prefix(name);
     if (!drv && !strncmp(name, "file:", 5))
@@ -69,8 +90,11 @@ int tree_from_name(const char *name, json_t **out, struct err *e) {
     int r = tree_from_storage_name(name, &file, e);
     if (r < 0)
         return r;
-    *out = json_object();
-    json_object_set_new(*out, "file", file);
+    AUTO_JSON json_t *t = json_object();
+    r = tree_set(t, "file", file, e);
+    if (r < 0)
+        return r;
+    *out = steal(&t);
     return 0;
 }
 
@@ -82,15 +106,15 @@ int tree_from_child(const json_t *value, bool storage, json_t **out, struct err 
         int r = tree_from_storage_name(file, out, e);
         if (r < 0)
             return r;
-        AUTO_JSON json_t *rest = json_deep_copy(value);
+        AUTO_JSON json_t *rest = NULL;
+        r = tree_copy(value, &rest, e);
         json_object_del(rest, "filename");
-        json_object_update_recursive(*out, rest);
-        return 0;
+        if (!r && json_object_update_recursive(*out, rest) < 0)
+            r = err_set(e, ENOMEM, "no memory for options");
+        return r;
     }
-    if (json_is_object(value)) {
-        *out = json_deep_copy(value);
-        return 0;
-    }
+    if (json_is_object(value))
+        return tree_copy(value, out, e);
     if (!json_is_string(value))
         return err_set(e, EINVAL, "a child is a name or an object of options");
     const char *name = json_string_value(value);
@@ -175,16 +199,21 @@ int tree_lower_filename(json_t *tree, struct err *e) {
     int r = tree_from_storage_name(name, &file, e);
     if (r < 0)
         return r;
-    json_object_set_new(tree, "file", file);
+    r = tree_set(tree, "file", file, e);
     json_object_del(tree, "filename");
-    return 0;
+    return r;
+}
+
+static int raised(int bad, struct err *e) {
+    return bad ? err_set(e, ENOMEM, "no memory for options") : 0;
 }
 
 /*
  * A name on the command line stands for a format's file; where the options say that the driver is
  * storage, it is that one's name, and a filter's child's.
  */
-void tree_raise_filename(json_t *tree, const struct driver *drv) {
+int tree_raise_filename(json_t *tree, const struct driver *drv, struct err *e) {
+    int bad = 0;
     json_t *file = json_object_get(tree, "file");
     if (json_is_object(file) && tree_str(file, "driver") &&
         !strcmp(tree_str(file, "driver"), drv->name)) {
@@ -196,12 +225,12 @@ void tree_raise_filename(json_t *tree, const struct driver *drv) {
         json_object_foreach(parts, key, value) {
             json_t *have = json_object_get(tree, key);
             if (!have)
-                json_object_set(tree, key, value);
+                bad |= json_object_set(tree, key, value);
             else if (json_is_object(have) && json_is_string(value) &&
                      !json_object_get(have, "filename"))
-                json_object_set(have, "filename", value);
+                bad |= json_object_set(have, "filename", value);
         }
-        return;
+        return raised(bad, e);
     }
     const char *name = tree_str(file, "filename"), *below = tree_str(file, "driver");
     const char *child = NULL;
@@ -211,31 +240,32 @@ void tree_raise_filename(json_t *tree, const struct driver *drv) {
     if (child && !name && tree_str(tree, "filename")) {
         json_t *to = json_object_get(tree, child);
         if (!to)
-            json_object_set_new(tree, child, to = json_object());
-        if (json_is_object(to))
-            json_object_set(to, "filename", json_object_get(tree, "filename"));
+            bad |= json_object_set_new(tree, child, to = json_object());
+        if (!bad && json_is_object(to))
+            bad |= json_object_set(to, "filename", json_object_get(tree, "filename"));
         json_object_del(tree, "filename");
-        return;
+        return raised(bad, e);
     }
     if (!name || (child && !strcmp(child, "file")))
-        return;
+        return 0;
     AUTO_JSON json_t *text = json_string_nocheck(name);
     if (!child) {
         if (!json_object_get(tree, "filename"))
-            json_object_set(tree, "filename", text);
+            bad |= json_object_set(tree, "filename", text);
     } else {
         json_t *to = json_object_get(tree, child);
         if (!to) {
-            json_object_set_new(tree, child, json_deep_copy(file));
+            bad |= json_object_set_new(tree, child, json_deep_copy(file));
         } else if (json_is_object(to) && !json_object_get(to, "filename") &&
                    !json_object_get(to, "file")) {
             if (below && strcmp(below, "file"))
-                json_object_set_new(to, "file", json_deep_copy(file));
+                bad |= json_object_set_new(to, "file", json_deep_copy(file));
             else
-                json_object_set(to, "filename", text);
+                bad |= json_object_set(to, "filename", text);
         }
     }
     json_object_del(tree, "file");
+    return raised(bad, e);
 }
 
 char *tree_display_name(const json_t *tree) {

@@ -317,6 +317,7 @@ int main(int argc, char **argv) {
     signal(SIGSEGV, on_signal);
 #endif
     signal(SIGABRT, on_signal);
+    fault_json();
     must(loop_new(LOOP_AUTO, &loop, NULL), NULL, "loop");
     loop_run(loop, all_co, &t);
     loop_free(loop);

@@ -9,8 +9,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
+#include <jansson.h>
 
 #include "base/iov.h"
 #include "base/strbuf.h"
@@ -149,6 +151,27 @@ WRAP(void *, buf_get, size_t len) {
 WRAP(void, buf_put, void *buf, size_t len) {
     died(buf);
     __real_free(buf);
+}
+
+/* Stacks of tasks, slots of a session. */
+WRAP(void *, mmap64, void *at, size_t len, int prot, int flags, int fd, off64_t off) {
+    return strikes(MEMORY) ? (errno = ENOMEM, MAP_FAILED)
+                           : __real_mmap64(at, len, prot, flags, fd, off);
+}
+
+/* jansson's own allocations; those of the cases themselves are exempt. */
+static void *json_get(size_t n) {
+    return strikes(MEMORY) ? NULL : born(__real_malloc(n));
+}
+static void json_put(void *p) {
+    __wrap_free(p);
+}
+void fault_json(void) {
+    json_set_alloc_funcs(json_get, json_put);
+}
+
+void fault_exempt(bool on) {
+    exempt += on ? 1 : -1;
 }
 
 /* ---- what may not fail ---- */

@@ -5,8 +5,8 @@
  * The linker sends what the library calls here (--wrap, see meson.build).  While armed, every
  * allocation and every I/O call is counted, and the chosen one fails.
  *
- * Not counted: what may not fail by contract (xcalloc and friends, strbuf, the loop's own few), and
- * what other libraries allocate.
+ * Counted too: what jansson allocates, and maps of memory (stacks).  Not counted: what may not fail
+ * by contract (xcalloc and friends, strbuf, the loop's own few), and what other libraries allocate.
  */
 #ifndef STRATA_TESTS_FAULTS_INJECT_H
 #define STRATA_TESTS_FAULTS_INJECT_H
@@ -29,6 +29,10 @@ extern const char *const fault_names[];
 void fault_arm(enum fault_kind kind, unsigned long n);
 /* Ends it; whether the fault has happened. */
 bool fault_disarm(void);
+/* jansson's allocations are counted too; before its first use. */
+void fault_json(void);
+/* What this thread does from now on cannot fail (true), or can again. */
+void fault_exempt(bool on);
 /* Allocations of the library that are not freed. */
 size_t fault_live(void);
 
