@@ -14,9 +14,9 @@
 struct serve_args {
     struct cli_image image;
     const char *load_snapshot, *socket, *bind, *name, *description, *pid_file, *scratch, *keep,
-        *default_name, *control, *access_log, *tls, *tls_priority;
+        *default_name, *control, *access_log, *tls, *tls_priority, *vhost_user, *serial;
     uint64_t port, vsock, scratch_size, share, max_connections, offset, handshake_s, idle_s;
-    uint64_t bandwidth, bandwidth_burst, iops, iops_burst;
+    uint64_t bandwidth, bandwidth_burst, iops, iops_burst, queues, block_size;
     int discard, detect_zeroes;
     bool snapshot, commit, read_only, fork, persistent, verbose, depth, tls_required, tls_anyone;
     struct cli_list bitmaps;
@@ -27,6 +27,7 @@ struct serve_args {
 struct bitmap;
 struct control;
 struct nbd_server;
+struct vhost_server;
 struct task;
 
 struct serve_disk {
@@ -43,6 +44,7 @@ struct serve {
     struct control_disk **control_disks;
     size_t ndisks;
     struct nbd_server *server;
+    struct vhost_server *vhost; /* instead of it */
     struct control *control;
     struct task *task;
     bool stop;
@@ -60,6 +62,10 @@ void serve_close_disks_co(struct serve *s);
 
 /* serve_listen.c: sockets, and the lines that say where they are. */
 int serve_listen(struct serve *s);
+/* The last client has gone; `arg` is the struct serve. */
+void serve_on_idle(void *arg);
+/* --vhost-user: the server and its socket at once. */
+int serve_vhost(struct serve *s);
 /* Only our own socket file: somebody may have put another in its place meanwhile. */
 void serve_remove_socket(struct serve *s);
 

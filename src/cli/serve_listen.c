@@ -13,6 +13,7 @@
 #include "base/cleanup.h"
 #include "cli/serve.h"
 #include "export/nbd/server.h"
+#include "export/vhost/server.h"
 
 static void uri_escape(struct strbuf *b, const char *s, bool path) {
     for (; *s; s++) {
@@ -56,17 +57,45 @@ static void uri_host(struct serve *s, const char *suffix, const char *host, unsi
     }
 }
 
+/* A listening socket, whose file is ours to remove. */
+static int bind_unix(struct serve *s, const char *path) {
+    int fd = nbd_listen_unix(path, &s->ctx->err);
+    if (fd >= 0 && path[0] != '@' && stat(path, &s->socket_stat) == 0)
+        s->socket_path = xstrdup(path);
+    return fd;
+}
+
 static int listen_unix(struct serve *s) {
     const char *path = s->a->socket;
     if (!strncmp(path, "unix:", 5))
         path += 5;
-    int fd = nbd_listen_unix(path, &s->ctx->err);
+    int fd = bind_unix(s, path);
     if (fd < 0)
         return fd;
-    if (path[0] != '@' && stat(path, &s->socket_stat) == 0)
-        s->socket_path = xstrdup(path);
     uri_unix(s, path);
     return nbd_server_listen(s->server, fd, &s->ctx->err);
+}
+
+int serve_vhost(struct serve *s) {
+    const struct serve_args *a = s->a;
+    int fd = bind_unix(s, a->vhost_user);
+    if (fd < 0)
+        return fd;
+    struct control_disk *d = &s->disks[0].d;
+    struct vhost_server_opts o = {.name = d->name,
+                                  .node = d->node,
+                                  .read_only = a->read_only,
+                                  .queues = (unsigned)a->queues,
+                                  .block_size = (uint32_t)a->block_size,
+                                  .serial = a->serial,
+                                  .on_idle = serve_on_idle,
+                                  .arg = s};
+    int rc = vhost_server_new(s->ctx->loop, fd, &o, &s->vhost, &s->ctx->err);
+    if (rc == 0) {
+        d->export = vhost_server_export(s->vhost);
+        strbuf_printf(&s->uris, "vhost-user:%s\n", a->vhost_user);
+    }
+    return rc;
 }
 
 static int listen_tcp(struct serve *s) {

@@ -8,11 +8,13 @@
  * Everything that can be refused is refused before the ready line.
  */
 #include <errno.h>
+#include <inttypes.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "base/ck.h"
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "cli/daemon.h"
@@ -21,6 +23,7 @@
 #include "control/control.h"
 #include "disk/open.h"
 #include "export/nbd/server.h"
+#include "export/vhost/server.h"
 #include "export/nbd/tls.h"
 #include "runtime/loop.h"
 #include "runtime/task.h"
@@ -61,6 +64,14 @@ static const struct cli_opt opts[] = {
              "show clients what this dirty bitmap of the image has recorded"),
     CLI_FLAG(struct serve_args, depth, 'A', "allocation-depth",
              "show clients which layer of the backing chain answers"),
+    CLI_STR(struct serve_args, vhost_user, 0, "vhost-user", "PATH",
+            "be a virtio-blk device on this unix socket instead of an NBD server"),
+    CLI_U64(struct serve_args, queues, 0, "queues", "N", 1, 1, VHOST_QUEUES_MAX,
+            "request queues of the virtio-blk device"),
+    CLI_SIZE(struct serve_args, block_size, 0, "block-size", "SIZE", 512, 0, 65536,
+             "logical block size of the virtio-blk device"),
+    CLI_STR(struct serve_args, serial, 0, "serial", "TEXT",
+            "serial number of the virtio-blk device, at most 20 bytes"),
     CLI_FLAG(struct serve_args, persistent, 't', "persistent",
              "go on when the last client has left"),
     CLI_U64(struct serve_args, share, 'e', "share", "N", 100, 1, 10000,
@@ -148,6 +159,21 @@ static int check_args(struct verb_ctx *ctx) {
         return err_set(e, EINVAL, "--socket and --bind or --port exclude each other");
     if (a->vsock != VSOCK_NONE && (a->socket || a->bind || a->port != PORT_DEFAULT))
         return err_set(e, EINVAL, "--vsock and --socket, --bind or --port exclude each other");
+    if (a->vhost_user) {
+        const char *no = a->socket || a->bind || a->port != PORT_DEFAULT ? "another socket"
+                         : a->vsock != VSOCK_NONE                        ? "--vsock"
+                         : a->tls                                        ? "--tls"
+                         : a->bandwidth || a->iops                       ? "--bandwidth or --iops"
+                         : a->access_log                                 ? "--access-log"
+                         : a->bitmaps.n                                  ? "--bitmap"
+                         : ctx->pos_n > 1                                ? "several images"
+                                                                         : NULL;
+        if (no)
+            return err_set(e, EINVAL, "--vhost-user does not go with %s", no);
+        if (a->block_size < 512 || a->block_size > 65536 || !is_pow2(a->block_size))
+            return err_set(e, EINVAL, "--block-size %" PRIu64 ": a power of two from 512 to 65536",
+                           a->block_size);
+    }
     if (a->name && ctx->pos_n > 1)
         return err_set(e, EINVAL, "--name is for one export; give NAME=FILE for several");
     if (a->bitmaps.n && a->offset)
@@ -218,7 +244,7 @@ static void on_signal(void *arg, int signo) {
     stop_now(arg);
 }
 
-static void on_idle(void *arg) {
+void serve_on_idle(void *arg) {
     struct serve *s = arg;
     if (!s->a->persistent)
         stop_now(s);
@@ -280,7 +306,7 @@ static int start_server(struct serve *s) {
         .handshake_timeout_ns = a->handshake_s ? (int64_t)a->handshake_s * 1000000000 : -1,
         .idle_timeout_ns = (int64_t)a->idle_s * 1000000000,
         .tls_required = a->tls_required,
-        .on_idle = on_idle,
+        .on_idle = serve_on_idle,
         .access = a->access_log ? write_access : NULL,
         .arg = s,
         .verbose = a->verbose,
@@ -297,8 +323,8 @@ static int start(struct serve *s) {
     const struct serve_args *a = s->a;
     int rc = open_access_log(s);
     if (rc == 0)
-        rc = start_server(s);
-    if (rc == 0)
+        rc = a->vhost_user ? serve_vhost(s) : start_server(s);
+    if (rc == 0 && !a->vhost_user)
         rc = serve_listen(s);
     if (rc == 0 && a->control) {
         struct control_opts o = {.program = "serve",
@@ -335,6 +361,7 @@ static void end_server_co(struct serve *s) {
     for (size_t i = 0; i < s->ndisks; i++)
         s->disks[i].d.export = NULL;
     nbd_server_free(s->server);
+    vhost_server_stop_co(s->vhost);
     serve_remove_socket(s);
 }
 

@@ -3,6 +3,7 @@
 #ifndef STRATA_EXPORT_VHOST_INTERNAL_H
 #define STRATA_EXPORT_VHOST_INTERNAL_H
 
+#include "export/export.h"
 #include "export/vhost/memory.h"
 #include "export/vhost/ring.h"
 #include "export/vhost/server.h"
@@ -35,8 +36,11 @@ struct vhost_queue {
 };
 
 struct vhost_server {
+    struct export base; /* first: export.h's view of it */
     struct loop *loop;
     struct vhost_server_opts o;
+    unsigned paused;
+    uint64_t requests, errors;
     int listen_fd, fd;
     char *serial;
     uint64_t capacity; /* sectors */
@@ -59,8 +63,10 @@ static inline bool vhost_has(const struct vhost_server *s, int feature) {
     return s->features >> feature & 1;
 }
 
-/* Starts the queue's task when all that it needs is there. */
+/* Starts the queue's task when all that it needs is there and nobody has paused the export. */
 void vhost_queue_start(struct vhost_queue *q);
+void vhost_start_all(struct vhost_server *s);
+void vhost_stop_all_co(struct vhost_server *s);
 /* Ends it, after what is in flight; keeps what the front end said, `base` included. */
 void vhost_queue_stop_co(struct vhost_queue *q);
 /* Frees the requests kept for later. */

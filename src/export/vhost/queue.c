@@ -42,8 +42,8 @@ static int transfer_co(struct vhost_request_slot *r, bool write, uint64_t sector
     while (bytes) {
         int count = n < IOV_MAX_REQUEST ? n : IOV_MAX_REQUEST;
         uint64_t len = iov_length(v, count);
-        int rc = write ? disk_pwritev_co(s->o.node, at, len, v, count, fua ? IO_FUA : 0)
-                       : disk_preadv_co(s->o.node, at, len, v, count, 0);
+        int rc = write ? disk_pwritev_co(s->base.node, at, len, v, count, fua ? IO_FUA : 0)
+                       : disk_preadv_co(s->base.node, at, len, v, count, 0);
         if (rc < 0)
             return BLK_IOERR;
         at += len;
@@ -71,9 +71,9 @@ static int ranges_co(struct vhost_request_slot *r, bool zero, const struct iovec
         uint64_t at = g->sector * SECTOR, len = (uint64_t)g->sectors * SECTOR;
         if (!len)
             continue;
-        int rc = zero ? disk_zero_co(s->o.node, at, len,
+        int rc = zero ? disk_zero_co(s->base.node, at, len,
                                      g->flags & BLK_ZEROES_UNMAP ? ZERO_MAY_UNMAP : 0)
-                      : disk_discard_co(s->o.node, at, len);
+                      : disk_discard_co(s->base.node, at, len);
         if (rc < 0)
             return BLK_IOERR;
     }
@@ -126,7 +126,7 @@ static int64_t do_request_co(struct vhost_request_slot *r, uint8_t **status, int
     *status = cut_status(in, &nin);
     uint64_t sent = iov_length(out, nout), room = iov_length(in, nin);
     bool change = head.type == BLK_OUT || head.type == BLK_DISCARD || head.type == BLK_ZEROES;
-    if (change && s->o.read_only) {
+    if (change && s->base.read_only) {
         *result = BLK_IOERR;
         return 0;
     }
@@ -138,7 +138,7 @@ static int64_t do_request_co(struct vhost_request_slot *r, uint8_t **status, int
         *result = transfer_co(r, true, head.sector, out, nout, sent);
         return 0;
     case BLK_FLUSH:
-        *result = disk_flush_co(s->o.node) < 0 ? BLK_IOERR : BLK_OK;
+        *result = disk_flush_co(s->base.node) < 0 ? BLK_IOERR : BLK_OK;
         return 0;
     case BLK_GET_ID:
         *result = get_id(s, in, nin, room);
@@ -183,6 +183,8 @@ static void request_co(void *arg) {
     uint8_t *status;
     int result = BLK_IOERR;
     int64_t written = do_request_co(r, &status, &result);
+    q->s->requests++;
+    q->s->errors += result != BLK_OK;
     if (written < 0) {
         ring_is_broken(q, "a request without header or status");
         q->ring.taken--;
@@ -275,7 +277,7 @@ size_t vhost_inflight_bytes(uint16_t queue_size) {
 
 void vhost_queue_start(struct vhost_queue *q) {
     struct vhost_server *s = q->s;
-    if (q->running || !q->have_addr || !q->enabled || q->kick < 0)
+    if (q->running || !q->have_addr || !q->enabled || q->kick < 0 || s->paused)
         return;
     struct ring *r = &q->ring;
     r->memory = &s->memory;
@@ -313,4 +315,14 @@ void vhost_queue_stop_co(struct vhost_queue *q) {
     free(q->ring.again);
     q->ring.again = NULL;
     q->ring.nagain = 0;
+}
+
+void vhost_start_all(struct vhost_server *s) {
+    for (unsigned i = 0; i < s->o.queues; i++)
+        vhost_queue_start(&s->queue[i]);
+}
+
+void vhost_stop_all_co(struct vhost_server *s) {
+    for (unsigned i = 0; i < s->o.queues; i++)
+        vhost_queue_stop_co(&s->queue[i]);
 }

@@ -134,14 +134,18 @@ static int take_indirect(const struct ring *r, struct chain *c, uint64_t table, 
     uint32_t i = 0;
     for (uint32_t steps = 0; steps < count; steps++) {
         struct virtq_desc d;
-        if (i >= count || !read_entry(r, table, i, &d) || d.flags & DESC_INDIRECT)
+        if (i >= count || !read_entry(r, table, i, &d))
             return -EPROTO;
-        int rc = add_buffer(r, c, d.addr, d.len, d.flags);
+        uint16_t flags =
+            r->packed ? d.next : d.flags; /* packed ones have the id before the flags */
+        if (flags & DESC_INDIRECT)
+            return -EPROTO;
+        int rc = add_buffer(r, c, d.addr, d.len, flags);
         if (rc < 0)
             return rc;
         if (r->packed)
             i++;
-        else if (d.flags & DESC_NEXT)
+        else if (flags & DESC_NEXT)
             i = d.next;
         else
             return 0;

@@ -3,6 +3,7 @@
 #include "export/vhost/internal.h"
 
 #include <errno.h>
+#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -39,18 +40,71 @@ static void serve(void *arg) {
         task_wake(s->stopper);
 }
 
+/* ---------------------------------------------------------------- operations of export.h */
+
+static struct vhost_server *of(const struct export *x) {
+    return (struct vhost_server *)x;
+}
+
+static unsigned export_users(const struct export *x) {
+    return of(x)->fd >= 0;
+}
+
+static void export_pause_co(struct export *x) {
+    of(x)->paused++;
+    vhost_stop_all_co(of(x));
+}
+
+static void export_resume(struct export *x) {
+    if (--of(x)->paused == 0)
+        vhost_start_all(of(x));
+}
+
+static json_t *export_describe(const struct export *x) {
+    const struct vhost_server *s = of(x);
+    return json_pack("{s:s, s:s, s:b, s:i, s:I, s:I}", "type", x->ops->type, "name", x->name,
+                     "read-only", x->read_only, "clients", (int)export_users(x), "requests",
+                     (json_int_t)s->requests, "errors", (json_int_t)s->errors);
+}
+
+static int export_remove_co(struct export *x, bool hard, struct err *e) {
+    if (export_users(x) && !hard)
+        return err_set(e, EBUSY, "export '%s' has a client", x->name);
+    vhost_server_stop_co(of(x));
+    return 0;
+}
+
+static const struct export_ops vhost_export_ops = {
+    .type = "vhost-user-blk",
+    .users = export_users,
+    .pause_co = export_pause_co,
+    .resume = export_resume,
+    .describe = export_describe,
+    .remove_co = export_remove_co,
+};
+
+struct export *vhost_server_export(struct vhost_server *s) {
+    return &s->base;
+}
+
+/* ---------------------------------------------------------------- begin and end */
+
 int vhost_server_new(struct loop *loop, int fd, const struct vhost_server_opts *o,
                      struct vhost_server **out, struct err *e) {
     struct vhost_server *s = calloc(1, sizeof(*s));
     struct vhost_queue *queues = s ? calloc(o->queues, sizeof(*queues)) : NULL;
     char *serial = queues && o->serial ? strdup(o->serial) : NULL;
-    if (!queues || (o->serial && !serial)) {
+    char *name = queues ? strdup(o->name ? o->name : "") : NULL;
+    if (!name || (o->serial && !serial)) {
+        free(name);
+        free(serial);
         free(queues);
         free(s);
         close(fd);
         return err_set(e, ENOMEM, "no memory for %u queues", o->queues);
     }
-    *s = (struct vhost_server){.loop = loop,
+    *s = (struct vhost_server){.base = {&vhost_export_ops, name, o->node, o->read_only},
+                               .loop = loop,
                                .o = *o,
                                .listen_fd = fd,
                                .fd = -1,
@@ -85,6 +139,7 @@ void vhost_server_stop_co(struct vhost_server *s) {
     }
     close(s->listen_fd);
     vhost_queue_forget(s);
+    free(s->base.name);
     free(s->serial);
     free(s->queue);
     free(s);

@@ -25,11 +25,13 @@
 struct err;
 struct loop;
 struct node;
+struct export;
 struct vhost_server;
 
 #define VHOST_QUEUES_MAX 64
 
 struct vhost_server_opts {
+    const char *name;  /* what export.h calls it; copied */
     struct node *node; /* borrowed; outlives the server */
     bool read_only;
     unsigned queues;     /* 1..VHOST_QUEUES_MAX */
@@ -42,6 +44,7 @@ struct vhost_server_opts {
 /* `fd`: a listening unix socket, taken over. */
 int vhost_server_new(struct loop *loop, int fd, const struct vhost_server_opts *o,
                      struct vhost_server **out, struct err *e);
+struct export *vhost_server_export(struct vhost_server *s);
 /* Ends the session after the requests in flight, and frees.  NULL is accepted. */
 void vhost_server_stop_co(struct vhost_server *s);
 

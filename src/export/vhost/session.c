@@ -112,7 +112,7 @@ static uint64_t our_features(const struct vhost_server *s) {
         1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_CONFIG_WCE | 1ull << VIRTIO_BLK_F_MQ |
         1ull << VIRTIO_F_INDIRECT_DESC | 1ull << VIRTIO_F_EVENT_IDX | 1ull << VIRTIO_F_VERSION_1 |
         1ull << VIRTIO_F_RING_PACKED | 1ull << VHOST_F_PROTOCOL_FEATURES;
-    if (s->o.read_only)
+    if (s->base.read_only)
         return f | 1ull << VIRTIO_BLK_F_RO;
     return f | 1ull << VIRTIO_BLK_F_DISCARD | 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
 }
@@ -124,7 +124,7 @@ static uint64_t our_protocol(void) {
 }
 
 static struct virtio_blk_config our_config(const struct vhost_server *s) {
-    uint32_t block = s->o.block_size, unit = node_subunit(s->o.node) / 512;
+    uint32_t block = s->o.block_size, unit = node_subunit(s->base.node) / 512;
     return (struct virtio_blk_config){
         .capacity = s->capacity,
         .seg_max = SEGMENTS,
@@ -173,16 +173,6 @@ static struct vhost_queue *queue_of(struct vhost_server *s, uint64_t index, stru
         return &s->queue[index];
     err_set(e, EINVAL, "queue %llu of %u", (unsigned long long)index, s->o.queues);
     return NULL;
-}
-
-static void stop_all_co(struct vhost_server *s) {
-    for (unsigned i = 0; i < s->o.queues; i++)
-        vhost_queue_stop_co(&s->queue[i]);
-}
-
-static void start_all(struct vhost_server *s) {
-    for (unsigned i = 0; i < s->o.queues; i++)
-        vhost_queue_start(&s->queue[i]);
 }
 
 static void replace_fd(int *fd, int with) {
@@ -306,14 +296,14 @@ static int set_mem_table_co(struct vhost_server *s, struct message *m, struct er
     if (m->head.size < 8 || m->p.table.n > VHOST_FDS_MAX || (int)m->p.table.n != m->nfd ||
         m->head.size < 8 + m->p.table.n * sizeof(struct vhost_region))
         return err_set(e, EINVAL, "%u memory regions with %d descriptors", m->p.table.n, m->nfd);
-    stop_all_co(s);
+    vhost_stop_all_co(s);
     memory_clear(&s->memory);
     for (uint32_t i = 0; i < m->p.table.n; i++) {
         int rc = memory_add(&s->memory, &m->p.table.v[i], m->fd[i], e);
         if (rc < 0)
             return rc;
     }
-    start_all(s);
+    vhost_start_all(s);
     return 0;
 }
 
@@ -322,15 +312,15 @@ static int add_mem_reg(struct vhost_server *s, struct message *m, struct err *e)
         return err_set(e, EINVAL, "a memory region with %d descriptors", m->nfd);
     int rc = memory_add(&s->memory, &m->p.slot.region, m->fd[0], e);
     if (rc == 0)
-        start_all(s);
+        vhost_start_all(s);
     return rc;
 }
 
 static int rem_mem_reg_co(struct vhost_server *s, struct message *m, struct err *e) {
-    stop_all_co(s);
+    vhost_stop_all_co(s);
     int rc = memory_remove(&s->memory, &m->p.slot.region, e);
     /* A ring that lay in it stops with a message; the others go on. */
-    start_all(s);
+    vhost_start_all(s);
     return rc;
 }
 
@@ -404,9 +394,9 @@ static int set_inflight_co(struct vhost_server *s, struct message *m, struct err
         (uint64_t)st.st_size - m->p.inflight.offset < bytes)
         return err_set(e, EINVAL, "in-flight memory of %llu bytes, %zu needed",
                        (unsigned long long)m->p.inflight.size, bytes);
-    stop_all_co(s);
+    vhost_stop_all_co(s);
     rc = map_inflight(s, m, m->fd[0], bytes, m->p.inflight.offset, e);
-    start_all(s);
+    vhost_start_all(s);
     return rc;
 }
 
@@ -422,9 +412,9 @@ static int set_features_co(struct vhost_server *s, struct message *m, struct err
     if (m->p.u64 & ~our_features(s))
         return err_set(e, EINVAL, "features %#llx that were not offered",
                        (unsigned long long)(m->p.u64 & ~our_features(s)));
-    stop_all_co(s);
+    vhost_stop_all_co(s);
     s->features = m->p.u64;
-    start_all(s);
+    vhost_start_all(s);
     return 0;
 }
 
