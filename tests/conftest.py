@@ -132,3 +132,11 @@ def create_luks(peer):
         assert p.returncode == 0, p.stderr
 
     return call
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """Debian's cloud kernel, for guests whose only program is a script (scripts/guest.sh)."""
+    p = subprocess.run([ROOT / "scripts/guest.sh", "fetch"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    return pathlib.Path(p.stdout.splitlines()[-1]) / "vmlinuz"

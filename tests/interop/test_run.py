@@ -60,13 +60,6 @@ def child_of(pid):
     return int(kids[0]) if kids else 0
 
 
-@pytest.fixture(scope="session")
-def kernel():
-    p = subprocess.run([ROOT / "scripts/guest.sh", "fetch"], capture_output=True, text=True)
-    assert p.returncode == 0, p.stderr
-    return pathlib.Path(p.stdout.splitlines()[-1]) / "vmlinuz"
-
-
 @pytest.fixture
 def scratch(tmp_path):
     d = tmp_path / "scratch"

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """vhost-user-blk: a front end of our own for every corner, and QEMU's with a Linux guest."""
 import os
+import pathlib
 import random
 import signal
 import struct
 import subprocess
+import time
 
 import pytest
 
@@ -339,3 +341,107 @@ def test_wrong_combinations_are_refused(run, image, tmp_path):
     for more in (["-k", tmp_path / "n"], ["--bitmap", "b"], ["--block-size", "1000"]):
         run("serve", "--vhost-user", tmp_path / "s", *more, image, status=1)
     run("serve", "--vhost-user", tmp_path / "s", image, image, status=1)
+
+
+# ---------------------------------------------------------------- a Linux guest under QEMU
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def guest(kernel, tmp_path):
+    """guest(script, device options): QEMU on tmp_path/s, its console on standard output."""
+    children = []
+
+    def call(script, options="", chardev=""):
+        text, initrd = tmp_path / "script", tmp_path / "initrd"
+        text.write_text(script)
+        subprocess.run([ROOT / "scripts/guest.sh", "initrd", text, initrd], check=True)
+        p = subprocess.Popen(
+            ["qemu-system-x86_64", "-nodefaults", "-accel", "tcg", "-m", "192M", "-smp", "2", "-display", "none",
+             "-machine", "q35,memory-backend=m", "-object", "memory-backend-memfd,id=m,size=192M,share=on",
+             "-chardev", f"socket,id=c,path={tmp_path}/s{chardev}", "-device", f"vhost-user-blk-pci,chardev=c{options}",
+             "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
+             "-append", "console=ttyS0 quiet panic=-1"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        children.append(p)
+        return p
+
+    yield call
+    for p in children:
+        p.kill()
+        p.wait()
+
+
+@pytest.fixture
+def ext4(tmp_path, run):
+    raw, path = tmp_path / "fs.raw", tmp_path / "fs.qcow2"
+    subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", raw, "96M"], check=True, stdout=subprocess.DEVNULL)
+    run("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    return path
+
+
+def check_fs(run, peer, image, tmp_path):
+    peer("qemu-img", "check", image)
+    run("convert", "-O", "raw", image, tmp_path / "after.raw")
+    p = subprocess.run(["/sbin/e2fsck", "-fn", tmp_path / "after.raw"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout
+
+
+WORK = """
+mount -t ext4 /dev/vda /mnt || exit 1
+dd if=/dev/urandom of=/mnt/a bs=64k count=512 2>/dev/null
+sync
+echo 3 >/proc/sys/vm/drop_caches
+cp /mnt/a /mnt/b
+sync
+echo 3 >/proc/sys/vm/drop_caches
+cmp /mnt/a /mnt/b && echo SAME
+rm /mnt/b
+fstrim /mnt && echo TRIMMED
+umount /mnt
+echo QUEUES $(ls /sys/block/vda/mq | wc -l)
+"""
+
+
+@pytest.mark.parametrize("options", [",num-queues=2", ",num-queues=2,packed=on"], ids=["split", "packed"])
+def test_a_linux_guest_writes_reads_and_trims(serve, run, peer, guest, ext4, tmp_path, options):
+    server = serve("--queues", 2, ext4)
+    q = guest(WORK, options)
+    said, _ = q.communicate(timeout=120)
+    assert "SAME" in said and "TRIMMED" in said and "QUEUES 2" in said, said
+    server.terminate()
+    assert server.wait(20) == 0
+    check_fs(run, peer, ext4, tmp_path)
+
+
+RESTART = """
+mount -t ext4 /dev/vda /mnt || exit 1
+echo BEGUN
+i=0
+while [ $i -lt 60 ]; do
+    dd if=/dev/zero of=/mnt/f$i bs=256k count=1 conv=fsync 2>/dev/null || { echo FAILED $i; break; }
+    i=$((i+1))
+done
+echo WROTE $i
+umount /mnt && echo CLEAN
+"""
+
+
+def test_a_guest_goes_on_when_the_server_is_killed_and_comes_back(serve, run, peer, guest, ext4, tmp_path):
+    first = serve("--queues", 1, ext4)
+    q = guest(RESTART, ",num-queues=1", ",reconnect=1")
+    while "BEGUN" not in q.stdout.readline():
+        assert q.poll() is None
+    time.sleep(0.3)  # somewhere among the writes
+    first.kill()
+    first.wait()
+    second = serve("--queues", 1, ext4)
+    said, _ = q.communicate(timeout=120)
+    assert "WROTE 60" in said and "CLEAN" in said and "FAILED" not in said, said
+    second.terminate()
+    assert second.wait(20) == 0
+    assert peer("qemu-img", "check", ext4, status=None).returncode in (0, 3)
+    run("convert", "-O", "raw", ext4, tmp_path / "after.raw")
+    p = subprocess.run(["/sbin/e2fsck", "-fn", tmp_path / "after.raw"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout
