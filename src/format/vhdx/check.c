@@ -54,7 +54,21 @@ static int use_regions(struct walk *w) {
     return r < 0 ? r : 0;
 }
 
-static int check_entry(struct walk *w, uint64_t index, uint64_t entry) {
+/* A block that is here in part has a bitmap that says which. */
+static int check_bitmap_co(struct walk *w, uint64_t index) {
+    struct vhdx *s = w->s;
+    uint64_t per = s->ratio + UINT64_C(1), at = (index / per + 1) * per - 1;
+    uint8_t buf[8];
+    int r = vhdx_read_co(s, s->r.bat.offset + at * 8, buf, sizeof(buf));
+    if (!r && (le64_load(buf) & VHDX_STATE_MASK) != VHDX_PRESENT)
+        problem_corruption(w->r,
+                           "BAT entry %" PRIu64 " names a block that is here in part, and entry "
+                           "%" PRIu64 " names no bitmap that says which",
+                           index, at);
+    return r;
+}
+
+static int check_entry_co(struct walk *w, uint64_t index, uint64_t entry) {
     struct vhdx *s = w->s;
     bool bitmap = index % (s->ratio + UINT64_C(1)) == s->ratio;
     unsigned state = entry & VHDX_STATE_MASK;
@@ -90,6 +104,8 @@ static int check_entry(struct walk *w, uint64_t index, uint64_t entry) {
                            index, host);
     if (!bitmap && data)
         w->r->allocated_clusters++;
+    if (met >= 0 && !bitmap && state == VHDX_PARTIAL)
+        return check_bitmap_co(w, index);
     return met < 0 ? met : 0;
 }
 
@@ -102,7 +118,7 @@ static int walk_co(struct walk *w) {
         uint32_t count = (uint32_t)min_u64(PIECE / 8, entries - index);
         r = vhdx_read_co(s, s->r.bat.offset + index * 8, buf, count * 8);
         for (uint32_t i = 0; !r && i < count; i++)
-            r = check_entry(w, index + i, le64_load(buf + i * 8));
+            r = check_entry_co(w, index + i, le64_load(buf + i * 8));
         index += count;
         if (w->r->progress)
             w->r->progress(w->r->arg, index, entries);
