@@ -45,7 +45,7 @@ static struct bitmaps *own(struct lab *l) {
     return l->own = l->own ? l->own : calloc(1, sizeof(struct bitmaps));
 }
 
-static void free_own(struct lab *l) {
+void bitmap_free_own(struct lab *l) {
     struct bitmaps *x = own(l);
     for (int i = 0; i < x->lives; i++)
         model_mark_free(&x->life[i].at);
@@ -103,7 +103,7 @@ static void drop(struct lab *l) {
     k->alive = false;
 }
 
-static void store(struct lab *l) {
+void bitmap_store_all(struct lab *l) {
     struct err e AUTO_ERR = ERR_INIT;
     struct bitmaps *x = own(l);
     uint64_t begin = machine_tick();
@@ -161,7 +161,7 @@ static int judge_one_co(struct lab_state *st, const struct kept *k, struct bitma
     return state_fail(st, "bitmap %s calls block %lld clean", k->name, (long long)block);
 }
 
-static int judge_bitmaps_co(struct lab_state *st) {
+int judge_bitmaps_co(struct lab_state *st) {
     struct bitmaps *x = own(st->l);
     int r = 0;
     for (struct bitmap *b = NULL; !r && (b = bitmap_next(st->disk, b));) {
@@ -181,14 +181,15 @@ static int judge_bitmaps_co(struct lab_state *st) {
     return r;
 }
 
-static const struct lab_op bitmap_ops[] = {{"add", 3, true, add},
-                                           {"clear", 2, true, clear},
-                                           {"remove", 1, true, drop},
-                                           {"store", 5, true, store},
-                                           {NULL}};
-static const struct lab_op sized_ops[] = {{"add", 3, true, add},       {"clear", 2, true, clear},
-                                          {"remove", 1, true, drop},   {"store", 5, true, store},
-                                          {"resize", 3, true, resize}, {NULL}};
+const struct lab_op bitmap_ops[] = {{"add", 3, true, add},
+                                    {"clear", 2, true, clear},
+                                    {"remove", 1, true, drop},
+                                    {"store", 5, true, bitmap_store_all},
+                                    {NULL}};
+static const struct lab_op sized_ops[] = {
+    {"add", 3, true, add},       {"clear", 2, true, clear},
+    {"remove", 1, true, drop},   {"store", 5, true, bitmap_store_all},
+    {"resize", 3, true, resize}, {NULL}};
 
 const struct workload bitmap_workloads[] = {
     {.name = "bitmap",
@@ -204,8 +205,8 @@ const struct workload bitmap_workloads[] = {
      .span = 512 * KIB,
      .ops = bitmap_ops,
      .judge_co = judge_bitmaps_co,
-     .finish_co = store,
-     .free = free_own,
+     .finish_co = bitmap_store_all,
+     .free = bitmap_free_own,
      .plants = "BITMAP_NOT_ARMED BITMAP_ARM_UNSTABLE BITMAP_MISSES_WRITES BITMAP_NAMED_EARLY "
                "BITMAP_FREED_EARLY"},
     {.name = "bitmap-sizes",
@@ -220,8 +221,8 @@ const struct workload bitmap_workloads[] = {
      .span = 256 * KIB,
      .ops = sized_ops,
      .judge_co = judge_bitmaps_co,
-     .finish_co = store,
-     .free = free_own,
+     .finish_co = bitmap_store_all,
+     .free = bitmap_free_own,
      .plants = "BITMAP_NOT_ARMED BITMAP_MISSES_WRITES"},
     {.name = "bitmap-header", /* of several sectors, with a name behind the extension */
      .options = "backing_file=lab:1,backing_fmt=qcow2",
@@ -232,8 +233,8 @@ const struct workload bitmap_workloads[] = {
      .max_blocks = 24,
      .ops = bitmap_ops,
      .judge_co = judge_bitmaps_co,
-     .finish_co = store,
-     .free = free_own,
+     .finish_co = bitmap_store_all,
+     .free = bitmap_free_own,
      .plants = "HEADER_TORN"},
     {0},
 };

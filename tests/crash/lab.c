@@ -34,8 +34,8 @@
 #include "workloads.h"
 
 static const struct workload *const sets[] = {
-    write_workloads,  chain_workloads,    amend_workloads, repair_workloads,
-    bitmap_workloads, snapshot_workloads, apart_workloads, format_workloads,
+    write_workloads,    chain_workloads, amend_workloads, repair_workloads, bitmap_workloads,
+    snapshot_workloads, apart_workloads, mixed_workloads, format_workloads,
 };
 
 unsigned lab_rnd(struct lab *l, unsigned n) {

@@ -142,7 +142,7 @@ static int repair_state_co(struct lab_state *st) {
     return repair() ? state_fail(st, "a repair leaves damage") : 0;
 }
 
-static int judge_snapshots_co(struct lab_state *st) {
+int judge_snapshots_co(struct lab_state *st) {
     struct err e AUTO_ERR = ERR_INIT;
     AUTO_SNAPSHOTS struct snapshot_list list = {0};
     if (disk_snapshot_list_co(st->disk, &list, &e) < 0)
@@ -161,10 +161,10 @@ static int judge_snapshots_co(struct lab_state *st) {
     return model_names_complete(st);
 }
 
-static const struct lab_op ops[] = {{"create", 3, true, create},
-                                    {"apply", 2, true, apply},
-                                    {"delete", 2, true, delete_one},
-                                    {NULL}};
+const struct lab_op snapshot_ops[] = {{"create", 3, true, create},
+                                      {"apply", 2, true, apply},
+                                      {"delete", 2, true, delete_one},
+                                      {NULL}};
 static const struct lab_op with_sizes[] = {{"create", 3, true, create},
                                            {"apply", 2, true, apply},
                                            {"delete", 1, true, delete_one},
@@ -182,7 +182,8 @@ static const struct lab_op repairs[] = {{"create", 2, true, create},
                                         {NULL}};
 
 #define SNAPSHOTS                                                                                  \
-    .flush = 8, .fua = 3, .zero = 6, .discard = 8, .ops = ops, .judge_co = judge_snapshots_co
+    .flush = 8, .fua = 3, .zero = 6, .discard = 8, .ops = snapshot_ops,                            \
+    .judge_co = judge_snapshots_co
 
 const struct workload snapshot_workloads[] = {
     {.name = "snapshot-4k",

@@ -12,6 +12,14 @@ extern const struct workload repair_workloads[];   /* repair.c: damage, and its 
 extern const struct workload bitmap_workloads[];   /* bitmap.c: dirty bitmaps */
 extern const struct workload snapshot_workloads[]; /* snapshot.c: internal snapshots */
 extern const struct workload apart_workloads[];    /* apart.c: subclusters, external data files */
+extern const struct workload mixed_workloads[];    /* mixed.c: bitmaps, snapshots, subclusters */
 extern const struct workload format_workloads[];   /* formats.c: the formats but qcow2 */
+
+/* What mixed.c takes from the others. */
+extern const struct lab_op bitmap_ops[], snapshot_ops[];
+void bitmap_store_all(struct lab *l);
+void bitmap_free_own(struct lab *l);
+int judge_bitmaps_co(struct lab_state *st);
+int judge_snapshots_co(struct lab_state *st);
 
 #endif
