@@ -297,9 +297,10 @@ def test_thousand_connects_while_others_work(serve):
 
 
 @pytest.mark.plain_build
-def test_memory_of_many_large_requests_is_bounded_over_all_clients(serve):
+def test_memory_of_many_large_requests_is_bounded_over_all_clients(serve, disks):
     """30 clients that ask for much and read nothing: far less than 30 * 32 MiB is held."""
-    with serve("-t", "-r") as s:
+    (disks / "full.raw").write_bytes(b"\7" * (2 * MIB))
+    with serve("-t", "-r", images=("full.raw",)) as s:
         clients = [Client(s.path).go() for _ in range(30)]
         for c in clients:
             for _ in range(20):
