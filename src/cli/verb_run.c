@@ -37,6 +37,7 @@
 #include "disk/open.h"
 #include "disk/overlay.h"
 #include "export/nbd/server.h"
+#include "export/vhost/server.h"
 #include "job/copy.h"
 #include "runtime/loop.h"
 #include "vm/vm.h"
@@ -52,7 +53,7 @@ struct args {
     uint64_t scratch_size;
     const char *memory;
     uint64_t smp;
-    int accel;
+    int accel, transport;
     const char *cdrom, *boot, *kernel, *initrd, *append, *vnc, *qemu, *control;
 };
 
@@ -76,6 +77,9 @@ static const struct cli_opt opts[] = {
     CLI_U64(struct args, smp, 0, "smp", "N", 1, 1, 255, "processors of the guest"),
     CLI_ENUM(struct args, accel, 0, "accel", "HOW", vm_accel_names, VM_ACCEL_AUTO,
              "kvm, tcg (emulation), or auto: kvm where the machine has it"),
+    CLI_ENUM(struct args, transport, 0, "transport", "HOW", vm_transport_names,
+             VM_TRANSPORT_VHOST_USER,
+             "how disks reach the guest: vhost-user (in its own memory), or nbd"),
     CLI_STR(struct args, cdrom, 0, "cdrom", "FILE", "a CD image, read-only"),
     CLI_STR(struct args, boot, 0, "boot", "ORDER",
             "what to boot from: letters c (disk), d (CD), n (network), in order"),
@@ -100,7 +104,8 @@ struct disk {
     const char *name; /* as the user gave it */
     struct control_disk d;
     struct nbd_server *server;
-    int guest_fd; /* QEMU's end, ours to close; -1 none */
+    struct vhost_server *vhost; /* instead of it */
+    int guest_fd;               /* QEMU's end, ours to close; -1 none */
     bool cdrom;
 };
 
@@ -172,6 +177,36 @@ static int check_machine(struct run *r) {
 
 /* ---------------------------------------------------------------- disks */
 
+/* One for each processor of the guest, as far as that goes. */
+static unsigned queues(const struct args *a) {
+    return a->smp < VHOST_QUEUES_MAX ? (unsigned)a->smp : VHOST_QUEUES_MAX;
+}
+
+static int start_vhost(struct run *r, struct disk *d, int fd) {
+    struct vhost_server_opts o = {.name = d->name,
+                                  .node = d->d.node,
+                                  .queues = queues(r->a),
+                                  .block_size = 512,
+                                  .connected = true};
+    int ret = vhost_server_new(r->ctx->loop, fd, &o, &d->vhost, &r->ctx->err);
+    if (ret == 0)
+        d->d.export = vhost_server_export(d->vhost);
+    return ret;
+}
+
+static int start_nbd(struct run *r, struct disk *d, int fd) {
+    struct nbd_server_opts so = {.max_clients = 1, .handshake_timeout_ns = HANDSHAKE_NS};
+    struct nbd_export_opts x = {.name = "", .node = d->d.node, .read_only = d->cdrom};
+    int ret = nbd_server_new(r->ctx->loop, &so, &d->server, &r->ctx->err);
+    if (ret == 0)
+        ret = nbd_server_add(d->server, &x, &d->d.export, &r->ctx->err);
+    if (ret < 0) {
+        close(fd);
+        return ret;
+    }
+    return nbd_server_attach(d->server, fd, &r->ctx->err);
+}
+
 static int open_disk_co(struct run *r, const char *name, bool cdrom) {
     struct verb_ctx *ctx = r->ctx;
     const struct args *a = r->a;
@@ -195,18 +230,13 @@ static int open_disk_co(struct run *r, const char *name, bool cdrom) {
             return ret;
     }
 
-    struct nbd_server_opts so = {.max_clients = 1, .handshake_timeout_ns = HANDSHAKE_NS};
-    struct nbd_export_opts x = {.name = "", .node = d->d.node, .read_only = cdrom};
-    ret = nbd_server_new(ctx->loop, &so, &d->server, &ctx->err);
-    if (ret == 0)
-        ret = nbd_server_add(d->server, &x, &d->d.export, &ctx->err);
-    if (ret < 0)
-        return ret;
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
         return err_errno(&ctx->err, errno, "cannot make a socket pair");
     d->guest_fd = fds[1];
     fcntl(fds[0], F_SETFL, O_NONBLOCK); /* of our end only: each has its own flags */
-    return nbd_server_attach(d->server, fds[0], &ctx->err);
+    if (a->transport == VM_TRANSPORT_VHOST_USER && !cdrom)
+        return start_vhost(r, d, fds[0]);
+    return start_nbd(r, d, fds[0]);
 }
 
 static int start_control(struct run *r) {
@@ -229,6 +259,11 @@ static void stop_servers_co(struct run *r) {
             nbd_server_free(d->server);
         }
         d->server = NULL;
+        if (d->vhost) {
+            vhost_server_stop_co(d->vhost);
+            d->d.export = NULL;
+        }
+        d->vhost = NULL;
     }
 }
 
@@ -336,7 +371,9 @@ static int guest_co(struct run *r) {
         .extra = r->ctx->rest,
     };
     for (unsigned i = 0; i < r->ndisks; i++)
-        drives[i] = (struct vm_drive){.fd = r->disks[i].guest_fd, .cdrom = r->disks[i].cdrom};
+        drives[i] = (struct vm_drive){.fd = r->disks[i].guest_fd,
+                                      .cdrom = r->disks[i].cdrom,
+                                      .queues = r->disks[i].vhost ? queues(a) : 0};
 
     if (r->signo)
         return 128 + r->signo;

@@ -27,6 +27,7 @@
 #include "base/size.h"
 #include "vm/vm.h"
 
+const char *const vm_transport_names[] = {"vhost-user", "nbd", NULL};
 const char *const vm_accel_names[] = {"auto", "kvm", "tcg", NULL};
 
 /* What `uname -m` says, and the QEMU for it. */
@@ -139,6 +140,14 @@ static void add_drives(struct argv *a, const struct vm_opts *o, bool pc) {
     unsigned disk = 0, cdrom = 0;
     for (unsigned i = 0; i < o->ndrives; i++) {
         const struct vm_drive *d = &o->drives[i];
+        if (d->queues) {
+            add(a, "-chardev");
+            push(a, xasprintf("socket,id=strata%u,fd=%d", i, d->fd));
+            add(a, "-device");
+            push(a, xasprintf("vhost-user-blk-pci,chardev=strata%u,id=disk%u,num-queues=%u", i,
+                              disk++, d->queues));
+            continue;
+        }
         add(a, "-blockdev");
         push(a, xasprintf("driver=nbd,node-name=strata%u,server.type=fd,server.str=%d,"
                           "discard=unmap,read-only=%s",
@@ -188,6 +197,13 @@ static void add_display(struct argv *a, const struct vm_opts *o, bool pc) {
     }
 }
 
+static bool shares_memory(const struct vm_opts *o) {
+    for (unsigned i = 0; i < o->ndrives; i++)
+        if (o->drives[i].queues)
+            return true;
+    return false;
+}
+
 int vm_args(const struct vm_opts *o, char ***out, struct err *e) {
     struct utsname u;
     const struct machine *m = NULL;
@@ -203,7 +219,13 @@ int vm_args(const struct vm_opts *o, char ***out, struct err *e) {
     bool kvm = o->accel == VM_ACCEL_KVM;
     add(&a, o->qemu ? o->qemu : m->program);
     add(&a, "-no-user-config");
-    add2(&a, "-machine", m->machine);
+    add(&a, "-machine");
+    push(&a, xasprintf("%s%s", m->machine, shares_memory(o) ? ",memory-backend=memory" : ""));
+    if (shares_memory(o)) {
+        add(&a, "-object");
+        push(&a, xasprintf("memory-backend-memfd,id=memory,share=on,size=%" PRIu64 "M",
+                           div_up(o->memory, MIB)));
+    }
     add2(&a, "-accel", kvm ? "kvm" : "tcg");
     add2(&a, "-cpu", kvm ? "host" : "max");
     add(&a, "-m");

@@ -9,6 +9,9 @@
  * child can ever be on it, and it ends with either process.  Reconnecting is impossible, and not
  * wanted: server and guest live and die together.
  *
+ * By default disks are vhost-user-blk devices on such a pair (the guest's memory is a memfd then,
+ * which QEMU shares with us); CDs, and disks with the transport nbd, are NBD.
+ *
  * How they die together.  The child asks for SIGKILL at its parent's death (PR_SET_PDEATHSIG)
  * before exec, so that even kill -9 of strata leaves no QEMU; vm_stop() asks with SIGTERM first and
  * kills after a grace time.  QEMU's death is seen through a pidfd.
@@ -27,6 +30,10 @@
 struct err;
 struct loop;
 
+/* How disks reach the guest: through its own memory, or over NBD. */
+enum vm_transport { VM_TRANSPORT_VHOST_USER, VM_TRANSPORT_NBD };
+extern const char *const vm_transport_names[]; /* "vhost-user", "nbd", NULL */
+
 enum vm_accel { VM_ACCEL_AUTO, VM_ACCEL_KVM, VM_ACCEL_TCG };
 extern const char *const vm_accel_names[]; /* "auto", "kvm", "tcg", NULL */
 
@@ -39,6 +46,7 @@ struct vm_forward {
 struct vm_drive {
     int fd; /* a connected socket, borrowed; its number is the same in the child */
     bool cdrom;
+    unsigned queues; /* vhost-user with so many; 0: NBD */
 };
 
 #define VM_DRIVES_MAX 16

@@ -103,7 +103,7 @@ def fake(tmp_path, monkeypatch):
 
     def args(code):
         monkeypatch.setenv("FAKE", code)
-        return ["--qemu", path]
+        return ["--qemu", path, "--transport", "nbd"]
 
     return args
 

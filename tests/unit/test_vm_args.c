@@ -67,6 +67,19 @@ static void cdrom_is_read_only_and_numbered_apart(void **s) {
     has(&o, "drive=strata2,id=disk1");
 }
 
+static void vhost_user_disk_shares_the_memory_of_the_guest(void **s) {
+    struct vm_drive d[] = {{.fd = 7, .queues = 2}, {.fd = 8, .cdrom = true}};
+    struct vm_opts o = plain;
+    lacks(&o, "memory-backend");
+    o.drives = d;
+    o.ndrives = 2;
+    has(&o, ",memory-backend=memory ");
+    has(&o, " memory-backend-memfd,id=memory,share=on,size=512M ");
+    has(&o, " socket,id=strata0,fd=7 ");
+    has(&o, " vhost-user-blk-pci,chardev=strata0,id=disk0,num-queues=2 ");
+    has(&o, "node-name=strata1,server.type=fd,server.str=8");
+}
+
 static void no_net_means_no_card(void **s) {
     has(&plain, " -nic none");
 }
@@ -175,6 +188,7 @@ int main(void) {
         cmocka_unit_test(disk_is_virtio_over_inherited_socket),
         cmocka_unit_test(full_scratch_is_reported_to_guest_not_paused_on),
         cmocka_unit_test(cdrom_is_read_only_and_numbered_apart),
+        cmocka_unit_test(vhost_user_disk_shares_the_memory_of_the_guest),
         cmocka_unit_test(no_net_means_no_card),
         cmocka_unit_test(forwards_follow_the_card),
         cmocka_unit_test(commas_in_user_names_stay_whole_arguments),

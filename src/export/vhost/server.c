@@ -16,7 +16,12 @@
 static void serve(void *arg) {
     struct vhost_server *s = arg;
     s->task = task_self();
-    while (!s->stopping) {
+    if (s->o.connected) {
+        s->fd = s->listen_fd;
+        vhost_session_co(s);
+        s->fd = -1;
+    }
+    while (!s->stopping && !s->o.connected) {
         struct sockaddr_storage peer;
         socklen_t len = sizeof(peer);
         int fd = loop_accept_co(s->listen_fd, &peer, &len);

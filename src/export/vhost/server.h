@@ -36,12 +36,14 @@ struct vhost_server_opts {
     bool read_only;
     unsigned queues;     /* 1..VHOST_QUEUES_MAX */
     uint32_t block_size; /* logical: 512 or a power of two up to 64 KiB */
+    bool connected;      /* the socket is one front end's already: the server ends with it */
     const char *serial;  /* what the guest reads as the disk's id, 20 bytes at most; NULL: empty */
     void (*on_idle)(void *arg); /* the front end has gone; in the loop's context */
     void *arg;
 };
 
-/* `fd`: a listening unix socket, taken over. */
+/* `fd`: a non-blocking unix socket, listening or (`connected`) with the front end behind it; taken
+ * over. */
 int vhost_server_new(struct loop *loop, int fd, const struct vhost_server_opts *o,
                      struct vhost_server **out, struct err *e);
 struct export *vhost_server_export(struct vhost_server *s);
