@@ -100,7 +100,7 @@ static bool has_row(const struct opt *table, unsigned when, const char *key) {
 
 /* A key that the format has only here. */
 static bool is_own_key(const char *format, const char *key) {
-    if (!strcmp(key, "block_size") && !strcmp(format, "vdi"))
+    if (!strcmp(format, "vdi") && strcmp(key, "size") && strcmp(key, "static"))
         return true;
     return !strcmp(key, "preallocation") && strcmp(format, "qcow2") && strcmp(format, "raw");
 }

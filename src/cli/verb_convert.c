@@ -87,10 +87,10 @@ static int misuse(struct verb_ctx *ctx, const char *text) {
     return err_set(&ctx->err, EINVAL, "%s", text);
 }
 
-/* -o backing_fmt=... */
-static bool says_backing_format(const struct convert_args *a) {
+/* -o KEY=... */
+static bool says_option(const struct convert_args *a, const char *key) {
     for (size_t i = 0; i < a->options.n; i++)
-        if (strstr(a->options.v[i], "backing_fmt="))
+        if (strstr(a->options.v[i], key))
             return true;
     return false;
 }
@@ -105,7 +105,8 @@ static int check_args_qemu(struct verb_ctx *ctx, const struct convert_args *a) {
                        a->compress ? 'c' : 'S');
     if (a->offload && a->salvage)
         return misuse(ctx, "Cannot use copy offloading in salvaging mode");
-    if (a->backing && !a->backing_format && !says_backing_format(a))
+    if ((a->backing || says_option(a, "backing_file=")) && !a->backing_format &&
+        !says_option(a, "backing_fmt="))
         return misuse(ctx, "Use of backing file requires explicit backing format");
     if (a->cache && cache_parse(a->cache, NULL) < 0)
         return err_set(&ctx->err, EINVAL, "Invalid cache option: %s", a->cache);

@@ -296,7 +296,7 @@ static int put_zeros_co(struct worker *w, uint64_t offset, uint64_t length, uint
                         uint64_t zeros_length) {
     struct rebase *r = w->r;
     struct status st;
-    int rc = disk_zero_co(r->image, offset, length, ZERO_MAY_UNMAP);
+    int rc = disk_zero_co(r->image, offset, length, ZERO_MAY_UNMAP | ZERO_PRESENT);
     if (rc == 0)
         rc = disk_status_co(r->image, offset, length, STATUS_TOP_ONLY, &st);
     if (rc < 0 || st.present)

@@ -103,6 +103,14 @@ def test_the_drop_in_qemu_nbd_serves_bitmaps(strata, layers, broken, tmp_path):
         assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("mode", [["-r"], []], ids=["read-only", "read-write"])
+def test_a_bitmap_cannot_be_removed_while_it_is_served(strata, layers, run, peer, tmp_path, mode):
+    with Server(strata, layers, "-f", "qcow2", *mode, "-t", "-B", "fine", socket_path=tmp_path / "s"):
+        assert "in use" in run("bitmap", "--remove", layers, "fine", status=1).stderr
+        peer("qemu-img", "bitmap", "--remove", layers, "fine", status=1)
+    assert "fine" in run("bitmap", "--list", layers).stdout
+
+
 def test_selected_contexts_come_in_one_answer(strata, layers, tmp_path):
     """libnbd asks for several at once."""
     with Server(strata, layers, "-f", "qcow2", "-r", "-t", "-A", "-B", "fine", "-B", "coarse",

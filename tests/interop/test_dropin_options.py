@@ -14,6 +14,18 @@ import pytest
 from test_dropin_img import dropin, folder, run_all, words  # noqa: F401  (fixtures)
 
 LINES = r"""
+rebase -b mid.qcow2 -F qcow2 q ; check q ; map --output=json q
+convert -O qcow2 -o backing_file=base.raw top.qcow2 a
+convert -O qcow2 -o backing_file=base.raw,backing_fmt=raw top.qcow2 a ; info a
+bitmap --add q b ; convert --bitmaps -O qcow2 q a ; info a
+bitmap --add q b ; measure -O qcow2 q
+bitmap --add q b ; resize q 16M ; info q
+bitmap --add top.qcow2 b ; commit top.qcow2 ; info top.qcow2
+convert -t directsync -T directsync -O raw q a ; compare q a
+rebase -u -b base.raw -F raw mid.qcow2 ; info --backing-chain top.qcow2
+bench -c 8 -i io_uring q
+dd bs=64k count=1 if=raw of=raw2 ; info raw2
+measure -O qcow2 -o extended_l2=on,cluster_size=128k top.qcow2
 amend -o data_file=foo q
 amend -o data_file=foo ext ; info ext
 amend -o data_file_raw=on ext
@@ -332,6 +344,7 @@ snapshot -c s1 snap ; snapshot -l snap
 
 # command line -> why the answers differ.  Both end alike (status), but for those in STATUS.
 DIVERGENCES = {
+    "create -f vdi -b base.raw -F raw x": "here a VDI image can have a parent, but only a VDI image",
     "compare --image-opts raw q": "7.2 looks for a node of that name",
     "rebase --backing=base.raw top.qcow2": "7.2 has no long name for -b yet",
 }
