@@ -135,7 +135,7 @@ int qed_empty_co(struct node *n, struct err *e) {
         r = disk_flush_co(s->file);
     if (r < 0)
         return err_errno(e, -r, "clearing the L1 table");
-    s->spare_count = 0;
+    s->spares.count = 0;
     s->next = div_up(end, s->h.cluster_size);
     r = disk_resize_co(s->file, end, PREALLOC_OFF, NULL);
     if (r < 0) /* a device keeps its size */

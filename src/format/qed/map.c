@@ -86,12 +86,8 @@ int qed_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *
 
 /* Up to `want` clusters in one piece that nothing names (all of them, when `whole`). */
 static int take_clusters(struct qed *s, uint64_t want, bool whole, uint64_t *host, uint64_t *got) {
-    if (s->spare_count && (!whole || s->spares[s->spare_count - 1].count >= want)) {
-        struct qed_spare *spare = &s->spares[s->spare_count - 1];
-        *got = min_u64(want, spare->count);
-        spare->count -= *got;
-        *host = (spare->cluster + spare->count) << s->cluster_bits;
-        s->spare_count -= !spare->count;
+    if (spares_take(&s->spares, want, whole, host, got)) {
+        *host <<= s->cluster_bits;
         return 0;
     }
     if (s->next + want > (uint64_t)INT64_MAX >> s->cluster_bits)
@@ -104,19 +100,10 @@ static int take_clusters(struct qed *s, uint64_t want, bool whole, uint64_t *hos
 
 static void give_clusters(struct qed *s, uint64_t host, uint64_t count) {
     uint64_t cluster = host >> s->cluster_bits;
-    if (cluster + count == s->next) {
+    if (cluster + count == s->next)
         s->next = cluster;
-        return;
-    }
-    if (s->spare_count == s->spare_cap) {
-        size_t cap = s->spare_cap ? s->spare_cap * 2 : 8;
-        struct qed_spare *more = realloc(s->spares, cap * sizeof(*more));
-        if (!more)
-            return; /* the clusters stay unused */
-        s->spares = more;
-        s->spare_cap = cap;
-    }
-    s->spares[s->spare_count++] = (struct qed_spare){cluster, count};
+    else
+        spares_give(&s->spares, cluster, count);
 }
 
 static bool is_fresh(const struct qed *s, uint64_t host, uint64_t file_end) {

@@ -186,8 +186,7 @@ static int qed_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 static void qed_close_co(struct node *n) {
     struct qed *s = qed_of(n);
     pages_free(&s->pages);
-    free(s->spares);
-    s->spares = NULL;
+    spares_free(&s->spares);
 }
 
 static int qed_reopen_co(struct node *n, unsigned new_flags, struct err *e) {

@@ -25,6 +25,7 @@
 #include "disk/driver.h"
 #include "disk/node.h"
 #include "format/pages.h"
+#include "format/spares.h"
 #include "runtime/task.h"
 
 struct create_ctx;
@@ -59,11 +60,6 @@ void qed_header_store(const struct qed_header *h, uint8_t *buf);
 /* Bytes of disk that the map can hold, at most INT64_MAX. */
 uint64_t qed_size_max(uint32_t cluster_size, uint32_t table_size);
 
-/* Clusters that were made room for and then not used, to be taken again. */
-struct qed_spare {
-    uint64_t cluster, count;
-};
-
 struct qed {
     struct node *node, *file;
     struct qed_header h;
@@ -71,8 +67,7 @@ struct qed {
     uint64_t table_bytes;
     uint64_t next; /* cluster that nothing uses, from here on */
     struct pages pages;
-    struct qed_spare *spares;
-    size_t spare_count, spare_cap;
+    struct spares spares; /* clusters below `next` */
     struct task_mutex table_lock, flush_lock;
 };
 

@@ -65,7 +65,7 @@ static int mended(struct qed_walk *w, int r, struct err *e) {
         r = disk_flush_co(s->file);
     if (!r)
         r = pages_forget_all(&s->pages);
-    s->spare_count = 0;
+    s->spares.count = 0;
     s->next = div_up(s->file->size, s->h.cluster_size);
     return r < 0 ? err_errno(e, -r, "repairing the tables") : 0;
 }

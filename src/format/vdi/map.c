@@ -65,17 +65,15 @@ int vdi_map_co(struct node *n, uint64_t offset, uint64_t length, struct extent *
 
 #define SPARES_MAX 4096 /* runs of unused blocks that are remembered */
 
-static void give_blocks(struct vdi *s, uint32_t index, uint32_t count);
-
 /* Unused blocks below `next`: what a crash, or another writer, has left behind. */
 static void note_spares(struct vdi *s, const struct seen *named) {
-    for (uint64_t at = 0; s->spare_count < SPARES_MAX;) {
+    for (uint64_t at = 0; s->spares.count < SPARES_MAX;) {
         uint64_t first = seen_find_free(named, at, s->next, 1), end = first;
         if (first >= s->next)
             return;
         while (end < s->next && !seen_has(named, end))
             end++;
-        give_blocks(s, (uint32_t)first, (uint32_t)(end - first));
+        spares_give(&s->spares, first, end - first);
         at = end;
     }
 }
@@ -98,7 +96,7 @@ int vdi_scan_co(struct vdi *s) {
         }
     }
     buf_put(buf, SCAN_BYTES);
-    s->spare_count = 0;
+    s->spares.count = 0;
     if (!r) {
         s->next = next;
         note_spares(s, &named);
@@ -115,12 +113,10 @@ static int take_blocks_co(struct vdi *s, uint32_t want, uint32_t *index, uint32_
     task_mutex_lock_co(&s->alloc_lock);
     if (!s->scanned)
         r = vdi_scan_co(s);
-    if (!r && s->spare_count) {
-        struct vdi_spare *spare = &s->spares[s->spare_count - 1];
-        *got = (uint32_t)min_u64(want, spare->count);
-        *index = spare->index + spare->count - *got;
-        spare->count -= *got;
-        s->spare_count -= !spare->count;
+    uint64_t first, found;
+    if (!r && spares_take(&s->spares, want, false, &first, &found)) {
+        *index = (uint32_t)first;
+        *got = (uint32_t)found;
     } else if (!r && s->next >= s->h.blocks) {
         r = -EIO; /* damage: two entries name one block, or one behind the others */
     } else if (!r && vdi_host(&s->h, s->next + want) > (uint64_t)INT64_MAX) {
@@ -135,19 +131,10 @@ static int take_blocks_co(struct vdi *s, uint32_t want, uint32_t *index, uint32_
 }
 
 static void give_blocks(struct vdi *s, uint32_t index, uint32_t count) {
-    if (index + count == s->next) {
+    if (index + count == s->next)
         s->next = index;
-        return;
-    }
-    if (s->spare_count == s->spare_cap) {
-        size_t cap = s->spare_cap ? s->spare_cap * 2 : 8;
-        struct vdi_spare *more = realloc(s->spares, cap * sizeof(*more));
-        if (!more)
-            return; /* the blocks stay unused */
-        s->spares = more;
-        s->spare_cap = cap;
-    }
-    s->spares[s->spare_count++] = (struct vdi_spare){index, count};
+    else
+        spares_give(&s->spares, index, count);
 }
 
 int vdi_place_co(struct node *n, uint64_t offset, uint64_t length, unsigned flags,

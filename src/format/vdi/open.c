@@ -216,8 +216,7 @@ static int vdi_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 static void vdi_close_co(struct node *n) {
     struct vdi *s = vdi_of(n);
     pages_free(&s->pages);
-    free(s->spares);
-    s->spares = NULL;
+    spares_free(&s->spares);
 }
 
 static int vdi_reopen_co(struct node *n, unsigned new_flags, struct err *e) {

@@ -30,6 +30,7 @@
 #include "disk/driver.h"
 #include "disk/node.h"
 #include "format/pages.h"
+#include "format/spares.h"
 #include "runtime/task.h"
 
 struct create_ctx;
@@ -89,11 +90,6 @@ static inline bool vdi_has_parent(const struct vdi_header *h) {
     return h->type == VDI_DIFF || !vdi_uuid_is_null(h->uuid_parent);
 }
 
-/* A block that was made room for and then not used, to be taken again. */
-struct vdi_spare {
-    uint32_t index, count;
-};
-
 struct vdi {
     struct node *node, *file;
     struct vdi_header h;
@@ -103,8 +99,7 @@ struct vdi {
     bool scanned;                     /* `next` is known; else the header's count */
     bool modified;                    /* the header has a new modification UUID */
     struct pages pages;
-    struct vdi_spare *spares;
-    size_t spare_count, spare_cap;
+    struct spares spares; /* blocks below `next` */
     struct task_mutex alloc_lock, flush_lock;
 };
 
