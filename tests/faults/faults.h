@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the harness (faults.c) and the cases (cases.c) share.
+ * What the harness (faults.c), the cases (cases.c) and their parts (parts.c) share.
  *
  * A case is a function that does something to the images in the work folder and returns 0 or
  * -errno, giving back all that it took, whatever fails on the way.  What it writes, it writes with
  * the functions there, which tell the model.  A new case is that function and a row in the table at
- * the end of cases.c; an image that it needs is made in seeds_co.
+ * the end of cases.c; an image that it needs is made in seeds_co (parts.c).
  */
 #ifndef STRATA_TESTS_FAULTS_FAULTS_H
 #define STRATA_TESTS_FAULTS_FAULTS_H
@@ -59,10 +59,20 @@ struct fault_case {
 
 extern const struct fault_case fault_cases[]; /* ends with a row without a name */
 
-/* cases.c */
+/* parts.c */
 const char *path(const struct trial *t, const char *name); /* in the work folder; four at a time */
 int open_co(struct trial *t, const char *name, unsigned flags, struct node **out);
 void fill(uint8_t *p, uint64_t count, uint32_t id);
+/* Blocks [first, first + count) will read as `id`; maybe: or stay. */
+void touch(struct trial *t, uint64_t first, uint64_t count, uint32_t id, bool maybe);
+int write_co(struct trial *t, struct node *n, uint64_t first, uint64_t count);
+int zero_co(struct trial *t, struct node *n, uint64_t first, uint64_t count, unsigned flags);
+int discard_co(struct trial *t, struct node *n, uint64_t first, uint64_t count);
+int coded_co(struct trial *t, struct node *n, uint64_t first);
+int flush_co(struct trial *t, struct node *n);
+int read_co(struct trial *t, struct node *n);
+/* `text`: "key=value,..." */
+int create_co(struct trial *t, const char *name, const char *format, const char *text);
 /* The images that every run begins with, and what they read as. */
 void seeds_co(struct trial *t);
 
