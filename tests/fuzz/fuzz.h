@@ -77,7 +77,9 @@ struct node *fuzz_memory_co(uint64_t limit);
  * Nonsense in it is cut off, never refused: every input is an image.
  */
 #define SPARSE_MAGIC "SPR1"
+#ifndef IMAGE_BYTES_MAX
 #define IMAGE_BYTES_MAX (4 * MIB)
+#endif
 /* Where the image ends and the program begins: the program is what follows this mark, if any. */
 #define PROGRAM_MARK "PRG1"
 

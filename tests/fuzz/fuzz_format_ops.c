@@ -42,6 +42,8 @@ static const struct shape {
     {"parallels", "cluster_size=32k"},
     {"vpc", "force_size=on"},
     {"vpc", "force_size=on,subformat=fixed"},
+    {"vhdx", "block_size=1M"},
+    {"vhdx", "block_size=1M,subformat=fixed"},
     {"vmdk", ""},
     {"vmdk", "zeroed_grain=on"},
 };

@@ -27,6 +27,8 @@ OURS = [
     ("parallels", "", "4M", ["write -P 1 1M 512"]),
     ("vpc", "force_size=on", "3M", WRITES),
     ("vpc", "force_size=on,subformat=fixed", "64k", WRITES),
+    ("vhdx", "block_size=1M", "2M", WRITES),
+    ("vhdx", "block_size=1M,subformat=fixed,logical_sector_size=4096", "2M", WRITES),
     ("vmdk", "", "64k", WRITES),
     ("vmdk", "zeroed_grain=on", "128k", WRITES),
     ("vmdk", "subformat=streamOptimized", "128k", ["write -P 1 0 64k"]),
@@ -37,7 +39,7 @@ PEERS = [
     ("qcow", "", "1M"), ("parallels", "cluster_size=4k", "256k"), ("vpc", "force_size=on", "3M"),
     ("vmdk", "", "1M"),
 ]
-OPS_ROWS = {"vdi": 4, "qed": 3, "qcow": 1, "parallels": 3, "vpc": 2, "vmdk": 2}
+OPS_ROWS = {"vdi": 4, "qed": 3, "qcow": 1, "parallels": 3, "vpc": 2, "vmdk": 2, "vhdx": 2}
 
 
 def quiet(*command):
