@@ -40,6 +40,8 @@ const struct workload format_workloads[] = {
      10, 0, 0, 40, 256 * KIB, .format = "vmdk", .below = {{"vmdk", "", 2 * MIB, .filled = true}}},
     {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vpc"},
+    {"vpc-overlay", "backing_file=lab:1", 3 * MIB, 70, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vpc",
+     .below = {{"vpc", "force_size=on", 3 * MIB, .filled = true}}},
     {"vhdx", "block_size=1M", 4 * MIB, 60, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vhdx",
      .ops = reopen_ops,
      .plants = "VHDX_LOG_UNNAMED VHDX_NO_LOG"},

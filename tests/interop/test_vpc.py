@@ -296,3 +296,33 @@ def test_7zip_reads_what_strata_writes(image, run, tmp_path):
     run("convert", "-q", "-O", "raw", image, raw)
     out = subprocess.run(["7zz", "x", "-so", "-tvhd", image], capture_output=True, check=True)
     assert out.stdout == raw.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["p.vhd", "sub/p\u00e4r.vhd", None])
+def test_a_new_differencing_image_names_its_parent(run, peer, tmp_path, name):
+    """None: by its absolute path."""
+    (tmp_path / "sub").mkdir()
+    parent, child = tmp_path / (name or "p.vhd"), tmp_path / "c.vhd"
+    run("create", "-q", "-f", "vpc", parent, "20M")
+    run("io", "-c", "write -q -P 5 3M 2M", parent)
+    run("create", "-q", "-f", "vpc", "-b", name or parent, "-F", "vpc", child, cwd=tmp_path)
+    before = parent.read_bytes()
+    run("io", "-c", "write -q -P 6 4M 3k", "-c", "write -q -z 3M 64k", child)
+    run("io", "-r", "-c", "read -q -P 0 0 3136k", "-c", "read -q -P 5 3136k 960k", "-c", "read -q -P 6 4M 3k", "-c",
+        "read -q -P 5 4099k 1021k", "-c", "read -q -P 0 5M 1M", child)
+    run("check", child)
+    assert parent.read_bytes() == before
+    said = peer("vhdiinfo", child).stdout
+    assert "Differential" in said and parent.name in said
+    uuid = json.loads(run("info", "--output=json", parent).stdout)["format-specific"]["data"]["uuid"]
+    assert uuid in said
+
+
+def test_a_differencing_image_has_the_size_of_its_parent(run, tmp_path):
+    run("create", "-q", "-f", "vpc", tmp_path / "p.vhd", "20M")
+    for args, words in [(["30M"], "has the size of its parent"), (["-o", "subformat=fixed"], "is not fixed")]:
+        p = run("create", "-q", "-f", "vpc", "-b", "p.vhd", "-F", "vpc", *args[:-1],
+                *([args[-1]] if args[0] == "-o" else []), tmp_path / "c.vhd", *([] if args[0] == "-o" else args), status=1)
+        assert words in p.stderr
+    run("create", "-q", "-f", "raw", tmp_path / "r", "20M")
+    assert "not 'raw'" in run("create", "-q", "-f", "vpc", "-b", "r", "-F", "raw", tmp_path / "c.vhd", status=1).stderr

@@ -35,6 +35,10 @@ static const char *const profiles[] = {"none", "azure", NULL};
 
 const struct opt vpc_create_opt_table[] = {
     OPT_SIZE(struct vpc_create_opts, size, "size", OPT_CREATE, 0, OPT_ANY, "size of the disk"),
+    OPT_STR(struct vpc_create_opts, backing_file, "backing_file", OPT_CREATE,
+            "parent, which makes a differencing image"),
+    OPT_STR(struct vpc_create_opts, backing_fmt, "backing_fmt", OPT_CREATE,
+            "format of the parent: vpc"),
     OPT_ENUM(struct vpc_create_opts, subformat, "subformat", OPT_CREATE, SUBFORMAT_DYNAMIC,
              subformats, "dynamic: blocks as they are written; fixed: all of them"),
     OPT_BOOL(struct vpc_create_opts, force_size, "force_size", OPT_CREATE, false,
@@ -49,6 +53,7 @@ struct plan {
     struct vpc_geometry geometry;
     bool fixed, exact;
     uint32_t blocks;
+    const struct vpc_parent *parent; /* of a differencing image, or NULL */
 };
 
 static int make_plan(const struct vpc_create_opts *o, uint64_t size, struct plan *p,
@@ -92,7 +97,7 @@ static int make_footer(const struct plan *p, uint8_t *buf, struct err *e) {
     be16_store(buf + VPC_AT_CYLINDERS, (uint16_t)p->geometry.cylinders);
     buf[VPC_AT_HEADS] = (uint8_t)p->geometry.heads;
     buf[VPC_AT_TRACK] = (uint8_t)p->geometry.track;
-    be32_store(buf + VPC_AT_TYPE, p->fixed ? VPC_FIXED : VPC_DYNAMIC);
+    be32_store(buf + VPC_AT_TYPE, p->fixed ? VPC_FIXED : p->parent ? VPC_DIFF : VPC_DYNAMIC);
     if (getrandom(buf + VPC_AT_UUID, 16, 0) != 16)
         return err_set(e, EIO, "the system gave no random numbers for the UUID");
     buf[VPC_AT_UUID + 6] = (uint8_t)((buf[VPC_AT_UUID + 6] & 0x0f) | 0x40);
@@ -146,38 +151,88 @@ static int verify_co(struct node *file, const struct plan *p, struct err *e) {
     return 0;
 }
 
+/* A differencing image has the size of its parent, to the sector. */
+static int plan_child(const struct vpc_create_opts *o, const struct vpc_parent *parent,
+                      struct plan *p, struct err *e) {
+    if (p->fixed)
+        return err_set(e, EINVAL, "a differencing image is not fixed");
+    if (o->size != parent->size)
+        return err_set(e, EINVAL,
+                       "a differencing image has the size of its parent, %" PRIu64
+                       " bytes, not %" PRIu64,
+                       parent->size, o->size);
+    p->size = parent->size;
+    p->geometry = parent->f.geometry;
+    p->exact = true;
+    p->blocks = (uint32_t)div_up(p->size, BLOCK_SIZE);
+    p->parent = parent;
+    return 0;
+}
+
+static int find_parent_co(const struct vpc_create_opts *o, const char *image, struct plan *p,
+                          struct vpc_parent **out, struct err *e) {
+    if (o->backing_fmt && strcmp(o->backing_fmt, "vpc"))
+        return err_set(e, ENOTSUP, "the parent of a VHD image is a VHD image, not '%s'",
+                       o->backing_fmt);
+    if (!o->backing_file)
+        return 0;
+    *out = calloc(1, sizeof(**out));
+    if (!*out)
+        return err_set(e, ENOMEM, "no memory for the parent's name");
+    int r = vpc_parent_make_co(image, o->backing_file, *out, e);
+    return r ? r : plan_child(o, *out, p, e);
+}
+
+static int create_planned_co(struct node *file, const struct plan *plan, const uint8_t *footer,
+                             struct err *e);
+
 int vpc_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
                   struct err *e) {
     const struct vpc_create_opts *o = create_opts;
-    uint8_t footer[VPC_FOOTER_BYTES], *header;
+    uint8_t footer[VPC_FOOTER_BYTES];
+    struct vpc_parent *parent = NULL;
     struct plan p;
     int r = make_plan(o, o->size, &p, e);
     if (!r)
+        r = find_parent_co(o, ctx->name, &p, &parent, e);
+    if (!r)
         r = make_footer(&p, footer, e);
+    if (!r)
+        r = create_planned_co(file, &p, footer, e);
+    free(parent);
     if (r)
         return r;
-    uint64_t bat = align_up((uint64_t)p.blocks * 4, VPC_SECTOR);
-    uint64_t end = p.fixed ? p.size : BAT_AT + bat;
-    r = disk_resize_co(file, end + VPC_FOOTER_BYTES, PREALLOC_OFF, e);
+    return o->profile == PROFILE_AZURE ? verify_co(file, &p, e) : 0;
+}
+
+static int create_planned_co(struct node *file, const struct plan *p, const uint8_t *footer,
+                             struct err *e) {
+    uint64_t bat = align_up((uint64_t)p->blocks * 4, VPC_SECTOR), locator = BAT_AT + bat;
+    uint64_t end = p->fixed    ? p->size
+                   : p->parent ? locator + align_up(p->parent->path_bytes, VPC_SECTOR)
+                               : locator;
+    int r = disk_resize_co(file, end + VPC_FOOTER_BYTES, PREALLOC_OFF, e);
     if (r)
         return r;
-    if (!p.fixed) {
-        header = buf_get(VPC_HEADER_BYTES);
+    if (!p->fixed) {
+        uint8_t *header = buf_get(VPC_HEADER_BYTES);
         if (!header)
             return err_set(e, ENOMEM, "no memory for the header");
-        make_header(header, p.blocks);
+        make_header(header, p->blocks);
+        if (p->parent)
+            vpc_parent_store(p->parent, locator, header);
         r = write_unused_co(file, BAT_AT, bat);
+        if (!r && p->parent)
+            r = disk_pwrite_co(file, locator, p->parent->path, p->parent->path_bytes);
         if (!r)
             r = disk_pwrite_co(file, VPC_FOOTER_BYTES, header, VPC_HEADER_BYTES);
         if (!r)
-            r = disk_pwrite_co(file, 0, footer, sizeof(footer));
+            r = disk_pwrite_co(file, 0, footer, VPC_FOOTER_BYTES);
         buf_put(header, VPC_HEADER_BYTES);
     }
     if (!r)
-        r = disk_pwrite_co(file, end, footer, sizeof(footer));
-    if (r)
-        return err_errno(e, -r, "writing the footer and the tables");
-    return o->profile == PROFILE_AZURE ? verify_co(file, &p, e) : 0;
+        r = disk_pwrite_co(file, end, footer, VPC_FOOTER_BYTES);
+    return r ? err_errno(e, -r, "writing the footer and the tables") : 0;
 }
 
 int vpc_measure(const void *create_opts, const struct measure_in *in, struct measure_result *out,

@@ -129,13 +129,20 @@ static int locator_co(struct vpc *s, const char *want, struct strbuf *out, bool 
     return 0;
 }
 
-/* What the image says its parent is called: relative path first, then the bare name. */
+/* What the image says its parent is called: relative path first, an absolute one, the bare name. */
 static int read_parent_name_co(struct vpc *s, struct err *e) {
     AUTO_STRBUF struct strbuf name = STRBUF_INIT;
     bool found;
     int r = locator_co(s, "W2ru", &name, &found);
     if (r)
         return err_errno(e, -r, "reading the parent's path");
+    /* An absolute path means something here when it has no drive. */
+    if (!found) {
+        r = locator_co(s, "W2ku", &name, &found);
+        if (r)
+            return err_errno(e, -r, "reading the parent's path");
+        found = found && name.s[0] == '/' && name.s[1] != '/';
+    }
     if (!found) {
         strbuf_free(&name);
         found = path_from_utf16(s->header + VPC_AT_PARENT_NAME, 512, true, &name);

@@ -154,6 +154,7 @@ struct vpc_create_opts {
     uint64_t size;
     int subformat, profile;
     bool force_size;
+    char *backing_file, *backing_fmt;
 };
 extern const struct opt vpc_create_opt_table[];
 int vpc_create_co(struct node *file, const void *create_opts, struct create_ctx *ctx,
@@ -162,6 +163,20 @@ int vpc_measure(const void *create_opts, const struct measure_in *in, struct mea
                 struct err *e);
 int vpc_reach_co(struct node *n, uint64_t size, struct err *e);
 int vpc_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
+
+/* ---- parent.c ---- */
+#define VPC_PATH_MAX 2048u
+struct vpc_parent {
+    struct vpc_footer f;
+    uint64_t size;
+    char code[4]; /* of the locator */
+    uint32_t path_bytes;
+    uint8_t path[VPC_PATH_MAX], name[512];
+};
+/* Looks at the parent `name` of the new image `image`. */
+int vpc_parent_make_co(const char *image, const char *name, struct vpc_parent *p, struct err *e);
+/* Into the header; the path goes to `locator_at`. */
+void vpc_parent_store(const struct vpc_parent *p, uint64_t locator_at, uint8_t *header);
 
 /* ---- check.c ---- */
 int vpc_check_co(struct node *n, struct check_result *r, struct err *e);
