@@ -365,6 +365,15 @@ static const char *behind(const char *text, const char *mark) {
     return at ? at + strlen(mark) : NULL;
 }
 
+/* `names`: as header.c lists them. */
+static void put_features(struct strbuf *b, const char *names) {
+    const char *bits = behind(names, "bits 0x");
+    strbuf_puts(b, "Unsupported qcow2 feature(s): ");
+    strbuf_printf(b, "%.*s", (int)(bits ? (size_t)(bits - 7 - names) : strlen(names)), names);
+    if (bits)
+        strbuf_printf(b, "Unknown incompatible feature: %s", bits);
+}
+
 /* The sentence for why `name` itself could not be opened; `text` is ours without the name. */
 static void put_reason(struct strbuf *b, const struct err *e, const char *name, const char *text,
                        const char *format) {
@@ -385,6 +394,10 @@ static void put_reason(struct strbuf *b, const struct err *e, const char *name, 
         strbuf_printf(b, "Could not open '%s': Is a directory", name);
     else if (strstr(text, "is a directory") || strstr(text, "which cannot hold a disk"))
         strbuf_printf(b, "'file' driver requires '%s' to be a regular file", name);
+    else if ((why = behind(text, "incompatible features are not supported: ")))
+        put_features(b, why);
+    else if (strstr(text, "the image is too big"))
+        strbuf_puts(b, "Image is too big");
     else if ((why = strstr(text, "Could not read blkdebug config file")))
         strbuf_puts(b, why);
     else if (e->code == ENOENT || e->code == EACCES)

@@ -72,6 +72,13 @@ static bool is_size(const struct driver *d, const char *key) {
     return false;
 }
 
+/* Commas twice, so that it can be given to -o again. */
+static void print_text(const char *key, const char *text) {
+    printf(" %s=", key);
+    for (; *text; text++)
+        fputs(*text == ',' ? ",," : (char[2]){*text}, stdout);
+}
+
 static void print_pair(const struct driver *d, const char *key, const json_t *v) {
     const char *text = json_string_value(v);
     uint64_t bytes;
@@ -80,7 +87,7 @@ static void print_pair(const struct driver *d, const char *key, const json_t *v)
     else if (text && is_size(d, key) && size_parse(text, key, &bytes, NULL) == 0)
         printf(" %s=%" PRIu64, key, bytes);
     else if (text)
-        printf(" %s=%s", key, text);
+        print_text(key, text);
     else
         printf(" %s=%s", key, json_is_true(v) ? "on" : "off");
 }

@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/stat.h>
+#include "base/cleanup.h"
 #include "base/err.h"
 #include "cli/cli.h"
 #include "cli/dialect.h"
@@ -70,12 +71,24 @@ static bool same_file(const char *a, const char *b) {
            sa.st_ino == sb.st_ino;
 }
 
+/* There, relative to the image above it. */
+static bool is_named(const struct node *upper, const char *name) {
+    const char *path = node_storage((struct node *)upper)->filename, *slash = strrchr(path, '/');
+    if (strchr(name, ':'))
+        return !strcmp(upper->backing->filename, name);
+    if (*name == '/' || !slash)
+        return same_file(node_storage(upper->backing)->filename, name);
+    char *beside AUTO_FREE = xasprintf("%.*s/%s", (int)(slash - path), path, name);
+    return same_file(node_storage(upper->backing)->filename, beside);
+}
+
 /* The layer that `name` means: as a path from here, as an image names it, or as it was opened. */
 static struct node *find_layer(struct node *overlay, const char *name) {
     for (struct node *l = overlay; l->backing; l = l->backing)
-        if (!strcmp(l->backing->filename, name) ||
-            (l->backing_name && !strcmp(l->backing_name, name)) ||
-            same_file(node_storage(l->backing)->filename, name))
+        if (dialect_is_qemu() ? is_named(l, name)
+                              : !strcmp(l->backing->filename, name) ||
+                                    (l->backing_name && !strcmp(l->backing_name, name)) ||
+                                    same_file(node_storage(l->backing)->filename, name))
             return l->backing;
     return NULL;
 }
@@ -97,6 +110,13 @@ static int find_base(struct verb_ctx *ctx, struct node *overlay, struct node **b
         return -EINVAL;
     }
     return 0;
+}
+
+static void in_their_words(struct verb_ctx *ctx, int rc, const char *what) {
+    if (!dialect_is_qemu() || rc == -ECANCELED)
+        return;
+    err_clear(&ctx->err);
+    err_set(&ctx->err, -rc, "%s: %s", what, strerror(-rc));
 }
 
 static int commit_node_co(struct verb_ctx *ctx, struct node *overlay) {
@@ -124,8 +144,12 @@ static int commit_node_co(struct verb_ctx *ctx, struct node *overlay) {
     loop_on_signal(ctx->loop, SIGINT, on_signal, &c);
     loop_on_signal(ctx->loop, SIGTERM, on_signal, &c);
     rc = commit_into_co(overlay, base, &o, &ctx->err);
-    if (rc == 0 && empty)
-        rc = commit_empty_co(overlay, &ctx->err);
+    if (rc < 0)
+        in_their_words(ctx, rc, "Block job failed");
+    if (rc == 0 && empty && (rc = commit_empty_co(overlay, &ctx->err)) < 0) {
+        char *what AUTO_FREE = xasprintf("Failed to empty %s", overlay->filename);
+        in_their_words(ctx, rc, what);
+    }
     loop_off_signal(ctx->loop, SIGINT);
     loop_off_signal(ctx->loop, SIGTERM);
     if (show)

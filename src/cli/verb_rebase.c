@@ -124,6 +124,8 @@ static int rebase_node_co(struct verb_ctx *ctx, struct node *image) {
     const struct args *a = ctx->args;
     struct node *base = NULL;
     int rc = 0;
+    if (a->compress && !image->codec && dialect_is_qemu())
+        return err_set(&ctx->err, ENOTSUP, "Compression not supported for this file format");
     if (!image->drv->format->set_backing_co)
         return err_set(&ctx->err, ENOTSUP,
                        cli_words("%s: format '%s' has no backing files",
@@ -164,7 +166,9 @@ static int check_args(struct verb_ctx *ctx) {
                        a->backing);
     }
     const struct driver *d = a->backing_format ? driver_find(a->backing_format) : NULL;
-    if (a->backing_format && (!d || d->kind != DRIVER_FORMAT))
+    /* There any driver's name can be recorded. */
+    bool recorded = d && a->unsafe && dialect_is_qemu();
+    if (a->backing_format && !recorded && (!d || d->kind != DRIVER_FORMAT))
         return err_set(&ctx->err, EINVAL,
                        cli_words("unknown format '%s'", "Invalid format name: '%s'"),
                        a->backing_format);

@@ -460,14 +460,17 @@ int qcow2_header_check_snapshots(const struct qcow2_header *h, struct err *e) {
     return check_table(h, "snapshot table", h->snapshots_offset, (uint64_t)h->nb_snapshots * 40, e);
 }
 
+#define UNNAMED "unknown feature "
+
 void qcow2_feature_name(const struct qcow2_header *h, unsigned kind, unsigned bit, char buf[64]) {
     const char *name = NULL;
     size_t len = 0;
-    for (uint32_t pos = 0; pos + FEATURE_RECORD <= h->feature_table_len; pos += FEATURE_RECORD) {
+    /* The last record may end with its name. */
+    for (uint32_t pos = 0; pos + 2 < h->feature_table_len; pos += FEATURE_RECORD) {
         const uint8_t *rec = h->feature_table + pos;
         if (rec[0] == kind && rec[1] == bit && rec[2]) {
             name = (const char *)rec + 2;
-            len = strnlen(name, FEATURE_NAME);
+            len = strnlen(name, min_u64(FEATURE_NAME, h->feature_table_len - pos - 2));
         }
     }
     for (size_t i = 0; !name && i < FEATURES; i++)
@@ -476,7 +479,7 @@ void qcow2_feature_name(const struct qcow2_header *h, unsigned kind, unsigned bi
             len = strlen(name);
         }
     if (!name) {
-        snprintf(buf, 64, "unknown feature %u", bit);
+        snprintf(buf, 64, UNNAMED "%u", bit);
         return;
     }
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
@@ -496,14 +499,28 @@ void qcow2_feature_table_default(struct qcow2_header *h) {
     }
 }
 
-int qcow2_header_check_features(const struct qcow2_header *h, bool rw, bool check, struct err *e) {
-    char name[64];
-    uint64_t unknown = h->incompatible & ~(uint64_t)QCOW2_INCOMPAT_KNOWN;
-    if (unknown) {
-        qcow2_feature_name(h, 0, (unsigned)__builtin_ctzll(unknown), name);
-        return err_set(e, ENOTSUP, "incompatible feature bit %d is not supported: %s",
-                       __builtin_ctzll(unknown), name);
+/* By the names that the image has for them; the bits that have none at the end. */
+static int refuse_features(const struct qcow2_header *h, uint64_t unknown, struct err *e) {
+    struct strbuf b AUTO_STRBUF = STRBUF_INIT;
+    for (unsigned bit = 0; bit < 64; bit++) {
+        char name[64];
+        if (!(unknown >> bit & 1))
+            continue;
+        qcow2_feature_name(h, 0, bit, name);
+        if (!strncmp(name, UNNAMED, strlen(UNNAMED)))
+            continue;
+        unknown &= ~((uint64_t)1 << bit);
+        strbuf_printf(&b, "%s%s", b.len ? ", " : "", name);
     }
+    if (unknown)
+        strbuf_printf(&b, "%sbits 0x%" PRIx64, b.len ? ", " : "", unknown);
+    return err_set(e, ENOTSUP, "incompatible features are not supported: %s", b.s ? b.s : "");
+}
+
+int qcow2_header_check_features(const struct qcow2_header *h, bool rw, bool check, struct err *e) {
+    uint64_t unknown = h->incompatible & ~(uint64_t)QCOW2_INCOMPAT_KNOWN;
+    if (unknown)
+        return refuse_features(h, unknown, e);
     if (qcow2_header_extended(h) && h->cluster_bits < QCOW2_EXTENDED_BITS_MIN)
         return err_set(e, EINVAL,
                        "cluster_bits %" PRIu32 " is below %d, the least with extended L2 entries",

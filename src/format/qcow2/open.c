@@ -216,7 +216,7 @@ static int make_writable_co(struct qcow2 *s, struct err *e) {
         r = qcow2_meta_build_co(s, e);
     if (!r && !check)
         r = qcow2_bitmaps_writable_co(s, e);
-    if (!r && !check)
+    if (!r) /* a repair writes too */
         r = clear_autoclear_co(s, e);
     s->virgin_from = qcow2_clusters_for(s, s->file->size);
     s->reads_zero = s->file->storage_flags & STORAGE_ZERO_INIT;
@@ -281,6 +281,12 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     if (r < 0)
         return r;
     set_geometry(s);
+    if (!look &&
+        qcow2_l1_entries_for(s->cluster_bits, qcow2_header_extended(&s->h), s->h.size) > INT32_MAX)
+        return err_set(e, EFBIG,
+                       "the image is too big: no L1 table can hold the %" PRIu64
+                       " bytes of its disk",
+                       s->h.size);
     if (!look)
         r = qcow2_header_check_features(&s->h, rw, check, e);
     if (!r)

@@ -353,6 +353,7 @@ struct qcow2_create_opts {
     int compression_type; /* enum qcow2_compression */
     int preallocation;    /* enum prealloc */
     bool lazy_refcounts, extended_l2;
+    uint64_t extent_hint;
     /* recognised, and refused as not yet supported */
     char *data_file, *encrypt[QCOW2_CREATE_ENCRYPT];
     bool data_file_raw, encryption;
