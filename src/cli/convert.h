@@ -41,6 +41,7 @@ struct convert {
     struct node *dst;
     bool unnamed;   /* file gets its name at the end */
     bool zero_init; /* what is not written reads as zeros */
+    bool top_only;  /* the target has a backing file that the user named */
     bool cancel;
     struct progress bar;
     uint64_t done_before; /* by the sources before this one */

@@ -245,6 +245,8 @@ int convert_create_options(struct convert *c, json_t **out) {
         return r;
     if (!json_object_get(*out, "size") || dialect_is_qemu()) /* there it is always the source's */
         json_object_set_new(*out, "size", json_integer((json_int_t)c->size));
+    const char *named = json_string_value(json_object_get(*out, "backing_file"));
+    c->top_only = a->backing || (named && *named);
     if (a->backing) {
         json_object_set_new(*out, "backing_file", json_string(a->backing));
         if (a->backing_format)
@@ -434,7 +436,7 @@ int convert_copy_all_co(struct convert *c) {
         .compress = a->compress || c->dst->coded_only,
         .sparse_bytes = a->sparse,
         .target_is_zero = c->zero_init,
-        .top_only = a->backing != NULL,
+        .top_only = c->top_only || a->backing,
         .salvage = a->salvage,
         .rate_bytes = a->rate,
         .cancel = &c->cancel,

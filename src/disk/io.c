@@ -57,21 +57,51 @@ static int storage_zero_co(struct node *n, uint64_t offset, uint64_t length, uns
     return r;
 }
 
-/* Zeros in part of a unit: nothing to do where it reads so already. */
+/* The layer has no bytes of its own in [offset, +length). */
+static int layer_is_empty_co(struct node *n, uint64_t offset, uint64_t length) {
+    while (length) {
+        struct extent x;
+        int r = format_map_co(n, offset, length, &x);
+        if (r < 0)
+            return r;
+        if (x.kind == EXTENT_DATA || x.kind == EXTENT_CODED)
+            return 0;
+        offset += x.length;
+        length -= x.length;
+    }
+    return 1;
+}
+
+/* Zeros in part of a subunit, around which the rest reads as zeros: the whole becomes one. */
+static int zero_around_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
+    uint64_t unit = align_down(offset, node_subunit(n));
+    uint64_t whole = min_u64(node_subunit(n), n->size - unit), end = offset + length;
+    if (length >= whole || !n->drv->format->set_zero_co)
+        return -ENOTSUP;
+    int r = layer_is_empty_co(n, unit, whole);
+    if (r > 0 && offset > unit)
+        r = chain_is_zero_co(n, unit, offset - unit);
+    if (r > 0 && end < unit + whole)
+        r = chain_is_zero_co(n, end, unit + whole - end);
+    if (r <= 0)
+        return r ? r : -ENOTSUP;
+    n->map_generation++;
+    return n->drv->format->set_zero_co(n, unit, whole, zero_flags & ~ZERO_FUA);
+}
+
+/*
+ * Zeros in part of a unit: nothing to do where it reads so already, unless the layer is to say so
+ * itself.
+ */
 static int zero_part_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags) {
     if (!length)
         return 0;
-    uint64_t unit = align_down(offset, n->granularity);
-    uint64_t whole = min_u64(n->granularity, n->size - unit);
-    if (zero_flags & ZERO_PRESENT && n->drv->format->set_zero_co && length < whole) {
-        int zero = chain_is_zero_co(n, unit, whole);
-        if (zero > 0)
-            zero = n->drv->format->set_zero_co(n, unit, whole, zero_flags & ~ZERO_FUA);
-        n->map_generation++;
-        if (zero != -ENOTSUP && zero != 0)
-            return zero;
-    }
-    int zero = chain_is_zero_co(n, offset, length);
+    int r = -ENOTSUP;
+    if (zero_flags & ZERO_PRESENT)
+        r = zero_around_co(n, offset, length, zero_flags);
+    if (r != -ENOTSUP)
+        return r;
+    int zero = zero_flags & ZERO_PRESENT ? 0 : chain_is_zero_co(n, offset, length);
     if (zero)
         return zero < 0 ? zero : 0;
     return zero_flags & ZERO_NO_FALLBACK ? -ENOTSUP : write_zeros_co(n, offset, length);
@@ -104,7 +134,7 @@ static int format_zero_step_co(struct node *n, uint64_t offset, uint64_t length,
     uint64_t unit = node_subunit(n), end = offset + length;
     uint64_t low = align_up(offset, unit);
     uint64_t high = end == n->size ? end : align_down(end, unit);
-    if (low >= high)
+    if (low > high) /* inside one */
         return zero_part_co(n, offset, length, zero_flags);
     int r = zero_subunits_co(n, low, high, zero_flags);
     if (!r)

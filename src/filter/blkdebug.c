@@ -10,7 +10,7 @@
  * met by the next request of its kind and place; with `once` that is its end, rule and all.
  *
  * Limits: requests are cut to max-transfer; zeros and discards are cut to their maximum, and what
- * does not fit their granularity is written as data (zeros) or left alone (discards).
+ * does not fit their granularity is written as data (zeros) or passed on by itself (discards).
  *
  * Invariants
  *  1. A stopped request stands in `stopped` until resumed; it holds the node's reference that its
@@ -267,10 +267,17 @@ static int blkdebug_discard_co(struct node *n, uint64_t offset, uint64_t length)
     uint64_t unit = max_u64(o->opt_discard, 1), end = offset + length;
     uint64_t low = (offset + unit - 1) / unit * unit, high = end / unit * unit;
     int r = meet_co(n, offset, length, IOTYPE_DISCARD);
+    if (low >= high)
+        low = high = end;
+    /* What is smaller than the unit goes by itself: whoever is below may still know a use for it.*/
+    if (!r && offset < low)
+        r = disk_discard_co(n->file, offset, low - offset);
     for (uint64_t part; !r && low < high; low += part) {
         part = piece(high - low, o->max_discard / unit * unit);
         r = disk_discard_co(n->file, low, part);
     }
+    if (!r && high < end)
+        r = disk_discard_co(n->file, high, end - high);
     return r;
 }
 
@@ -398,7 +405,7 @@ static const struct opt blkdebug_open_opts[] = {
     OPT_SIZE(struct blkdebug_opts, max_write_zero, "max-write-zero", OPT_OPEN, 0, OPT_ANY,
              "most that is zeroed at once"),
     OPT_SIZE(struct blkdebug_opts, opt_discard, "opt-discard", OPT_OPEN, 0, OPT_ANY,
-             "unit of discarding; the rest is left alone"),
+             "unit of discarding; the rest goes by itself"),
     OPT_SIZE(struct blkdebug_opts, max_discard, "max-discard", OPT_OPEN, 0, OPT_ANY,
              "most that is discarded at once"),
     OPT_LIST("inject-error", OPT_OPEN, "list of errors: event, errno, sector, once, state ..."),

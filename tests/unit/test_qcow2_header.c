@@ -386,7 +386,7 @@ static void the_images_own_feature_name_is_shown_made_safe(void **state) {
     strcpy((char *)f->h.feature_table + 2, "time\x1b[31mtravel");
     f->h.incompatible = 1 << 17;
     judged(qcow2_header_check_features(&f->h, false, false, &f->e), ENOTSUP, &f->e,
-           "bit 17 is not supported: time\\x1b[31mtravel");
+           "features are not supported: time\\x1b[31mtravel");
 }
 
 static void corrupt_images_are_for_reading_and_dirty_ones_are_mended(void **state) {
