@@ -365,13 +365,25 @@ static const char *behind(const char *text, const char *mark) {
     return at ? at + strlen(mark) : NULL;
 }
 
-/* `names`: as header.c lists them. */
-static void put_features(struct strbuf *b, const char *names) {
-    const char *bits = behind(names, "bits 0x");
+/* `list`: as qcow2's header.c has it, "NAME (bit N)" or "bit N", with commas between. */
+static void put_features(struct strbuf *b, const char *list) {
+    uint64_t unnamed = 0;
     strbuf_puts(b, "Unsupported qcow2 feature(s): ");
-    strbuf_printf(b, "%.*s", (int)(bits ? (size_t)(bits - 7 - names) : strlen(names)), names);
-    if (bits)
-        strbuf_printf(b, "Unknown incompatible feature: %s", bits);
+    size_t start = b->len;
+    while (*list) {
+        const char *end = strstr(list, ", "), *number = strstr(list, " (bit ");
+        size_t len = end ? (size_t)(end - list) : strlen(list);
+        if (!strncmp(list, "bit ", 4))
+            unnamed |= UINT64_C(1) << (strtoul(list + 4, NULL, 10) & 63);
+        else
+            strbuf_printf(b, "%s%.*s", b->len > start ? ", " : "",
+                          (int)(number && number < list + len ? (size_t)(number - list) : len),
+                          list);
+        list += len + (end ? 2 : 0);
+    }
+    if (unnamed)
+        strbuf_printf(b, "%sUnknown incompatible feature: %" PRIx64, b->len > start ? ", " : "",
+                      unnamed);
 }
 
 /* The sentence for why `name` itself could not be opened; `text` is ours without the name. */

@@ -114,11 +114,11 @@ static struct run run_from_status(const struct status *st, uint64_t start) {
         .start = start,
         .length = st->length,
         .depth = st->depth,
-        .present = st->present,
+        .present = st->present && (st->data || st->zero),
         .zero = st->zero,
         .data = st->data,
         .coded = st->coded,
-        .has_offset = st->storage && !st->coded,
+        .has_offset = st->storage && !st->coded && (st->data || st->zero),
     };
     if (!st->present) {
         /* The number of layers that were asked becomes the last one of them. */

@@ -185,7 +185,7 @@ static int refine_co(const struct node *n, struct status *st) {
     assert(x.length && x.length <= st->length);
     if (x.kind != EXTENT_DATA) {
         st->length = x.length;
-        st->zero = true;
+        st->zero = x.kind == EXTENT_ZERO;
         st->data = x.flags & EXTENT_ALLOCATED;
     } else {
         /* A file may end anywhere: what follows in the same block is told as data too, or runs of

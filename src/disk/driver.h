@@ -379,7 +379,7 @@ struct storage_ops {
     int (*truncate_co)(struct node *n, uint64_t size, int prealloc, struct err *e);
     /*
      * Longest run of DATA or ZERO from `offset` (SEEK_DATA/SEEK_HOLE).  kind is DATA (host_offset =
-     * offset, storage = n) or ZERO. NULL: all DATA.
+     * offset, storage = n) or ZERO; HOLE says neither, and is read like data.  NULL: all DATA.
      */
     int (*extents_co)(struct node *n, uint64_t offset, uint64_t length, struct extent *out);
     /* Allocated bytes on the host, or -errno. NULL: unknown. */

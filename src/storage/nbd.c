@@ -48,11 +48,13 @@ struct nbd_opts {
     char *flat_path, *flat_host, *flat_port, *export, *tls_creds, *tls_hostname;
     char *tls_certificates, *tls_psk_file, *tls_username;
     bool tls, tls_verify;
+    char *context; /* x-dirty-bitmap */
 };
 
 struct nbd_state {
     const struct nbd_lib *lib;
     struct nbd_handle *h;
+    const char *context; /* what extents are asked of; borrowed */
     bool read_only, can_flush, can_fua, can_trim, can_zero, can_fast_zero, has_allocation;
     bool reader, writer; /* somebody polls for it */
     struct waitq turn;
@@ -225,14 +227,15 @@ enum { STATE_HOLE = 1, STATE_ZERO = 2 };
 
 struct status_request {
     struct request q; /* first */
-    uint64_t length;  /* of the first extent; 0: none came */
+    const char *wanted;
+    uint64_t length; /* of the first extent; 0: none came */
     uint32_t state;
 };
 
 static int on_extents(void *arg, const char *context, uint64_t offset, uint32_t *entries,
                       size_t entries_n, int *error) {
     struct status_request *q = arg;
-    if (!q->length && entries_n >= 2 && !strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION)) {
+    if (!q->length && entries_n >= 2 && !strcmp(context, q->wanted)) {
         q->length = entries[0];
         q->state = entries[1];
     }
@@ -241,7 +244,7 @@ static int on_extents(void *arg, const char *context, uint64_t offset, uint32_t 
 
 static int nbd_extents_co(struct node *n, uint64_t offset, uint64_t length, struct extent *out) {
     struct nbd_state *s = n->state;
-    struct status_request q = {.length = 0};
+    struct status_request q = {.wanted = s->context};
     *out = (struct extent){.length = length,
                            .kind = EXTENT_DATA,
                            .flags = EXTENT_IN_PLACE,
@@ -266,6 +269,9 @@ static int nbd_extents_co(struct node *n, uint64_t offset, uint64_t length, stru
     if (q.state & STATE_ZERO) {
         out->kind = EXTENT_ZERO;
         out->flags = q.state & STATE_HOLE ? 0 : EXTENT_ALLOCATED;
+    } else if (q.state & STATE_HOLE && strcmp(s->context, LIBNBD_CONTEXT_BASE_ALLOCATION)) {
+        out->kind = EXTENT_HOLE; /* the bits of another context are shown as they come */
+        out->flags = 0;
     }
     return 0;
 }
@@ -287,7 +293,7 @@ static int connect_work(void *arg) {
     struct nbd_handle *h = w->s->h;
     int r = lib->set_export_name(h, w->export ? w->export : "");
     if (r >= 0)
-        r = lib->add_meta_context(h, LIBNBD_CONTEXT_BASE_ALLOCATION);
+        r = lib->add_meta_context(h, w->s->context);
     if (r >= 0)
         /* The engine checks ranges; flags and sizes are the server's to refuse. */
         r = lib->set_strict_mode(h, LIBNBD_STRICT_COMMANDS | LIBNBD_STRICT_FLAGS);
@@ -325,7 +331,7 @@ static void take_abilities(struct node *n) {
     s->can_trim = lib->can_trim(s->h) > 0;
     s->can_zero = lib->can_zero(s->h) > 0;
     s->can_fast_zero = lib->can_fast_zero(s->h) > 0;
-    s->has_allocation = lib->can_meta_context(s->h, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0;
+    s->has_allocation = lib->can_meta_context(s->h, s->context) > 0;
     int64_t least = lib->get_block_size(s->h, LIBNBD_SIZE_MINIMUM);
     n->request_align =
         least > 1 && least <= 64 * 1024 && is_pow2((uint64_t)least) ? (uint32_t)least : 1;
@@ -339,6 +345,7 @@ static int connect_co(struct node *n, const char *path, const char *host, const 
     if (!s->lib)
         return -e->code;
     waitq_init(&s->turn);
+    s->context = s->context ? s->context : LIBNBD_CONTEXT_BASE_ALLOCATION;
     s->h = s->lib->create();
     if (!s->h)
         return err_set(e, ENOMEM, "no memory for an NBD connection");
@@ -366,6 +373,7 @@ static int nbd_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         return err_set(e, EINVAL, "path and host may not be used at the same time");
     if (!path && !host)
         return err_set(e, EINVAL, "NBD server address missing");
+    ((struct nbd_state *)n->state)->context = o->context;
     free(n->filename);
     n->filename = nbd_make_name(path, host, port, o->export);
     struct nbd_client_tls tls = {.on = o->tls || o->tls_certificates || o->tls_psk_file,
@@ -444,6 +452,8 @@ static const struct opt nbd_open_opts[] = {
     OPT_STR(struct nbd_opts, flat_host, "host", OPT_OPEN, "the same as server.host"),
     OPT_STR(struct nbd_opts, flat_port, "port", OPT_OPEN, "the same as server.port"),
     OPT_STR(struct nbd_opts, export, "export", OPT_OPEN, "name of the export; the default one"),
+    OPT_STR(struct nbd_opts, context, "x-dirty-bitmap", OPT_OPEN,
+            "show another metadata context as the map: bit 0 for not there, bit 1 for zeros"),
     OPT_STR(struct nbd_opts, tls_creds, "tls-creds", OPT_OPEN, "id of --object tls-creds-..."),
     OPT_STR(struct nbd_opts, tls_hostname, "tls-hostname", OPT_OPEN,
             "refused: the name connected to is the one that is checked"),

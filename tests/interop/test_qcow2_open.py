@@ -82,7 +82,7 @@ def test_an_unknown_incompatible_feature_is_refused_by_the_images_own_name(image
     header[at + 1] = 40
     q.write(0, header)
     q.set64(INCOMPATIBLE, 1 << 40)
-    refused(io, image, "incompatible features are not supported: dirty bit")
+    refused(io, image, "incompatible features are not supported: dirty bit (bit 40)")
 
 
 def test_bitmaps_stay_declared_and_other_autoclear_bits_go(image, peer, io):

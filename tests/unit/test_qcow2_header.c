@@ -371,7 +371,7 @@ static void features_are_refused_by_name(void **state) {
     f->h.cluster_bits = 16;
     f->h.incompatible = (uint64_t)1 << 63;
     judged(qcow2_header_check_features(&f->h, false, true, &f->e), ENOTSUP, &f->e,
-           "incompatible features are not supported: bits 0x8000000000000000");
+           "incompatible features are not supported: bit 63");
     f->h.incompatible = 0;
     f->h.crypt_method = QCOW2_CRYPT_LUKS;
     judged(qcow2_header_check_features(&f->h, false, false, &f->e), ENOTSUP, &f->e, "LUKS");

@@ -54,8 +54,6 @@ const struct opt qcow2_create_opt_table[] = {
             "format of the backing file"),
     OPT_ENUM(struct qcow2_create_opts, compression_type, "compression_type", OPT_CREATE,
              QCOW2_COMPRESSION_ZLIB, compression_names, "coding of compressed clusters"),
-    OPT_SIZE(struct qcow2_create_opts, extent_hint, "extent_size_hint", OPT_CREATE, MIB, OPT_ANY,
-             "of the file: taken and not used, as storage takes room ahead by itself"),
     OPT_ENUM(struct qcow2_create_opts, preallocation, "preallocation", OPT_CREATE, PREALLOC_OFF,
              prealloc_names, "what to allocate now"),
     OPT_BOOL(struct qcow2_create_opts, lazy_refcounts, "lazy_refcounts", OPT_CREATE, false,

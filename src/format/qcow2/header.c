@@ -499,7 +499,7 @@ void qcow2_feature_table_default(struct qcow2_header *h) {
     }
 }
 
-/* By the names that the image has for them; the bits that have none at the end. */
+/* By the names that the image has for them, and by number. */
 static int refuse_features(const struct qcow2_header *h, uint64_t unknown, struct err *e) {
     struct strbuf b AUTO_STRBUF = STRBUF_INIT;
     for (unsigned bit = 0; bit < 64; bit++) {
@@ -507,13 +507,9 @@ static int refuse_features(const struct qcow2_header *h, uint64_t unknown, struc
         if (!(unknown >> bit & 1))
             continue;
         qcow2_feature_name(h, 0, bit, name);
-        if (!strncmp(name, UNNAMED, strlen(UNNAMED)))
-            continue;
-        unknown &= ~((uint64_t)1 << bit);
-        strbuf_printf(&b, "%s%s", b.len ? ", " : "", name);
+        bool named = strncmp(name, UNNAMED, strlen(UNNAMED));
+        strbuf_printf(&b, named ? "%s%s (bit %u)" : "%s%.0sbit %u", b.len ? ", " : "", name, bit);
     }
-    if (unknown)
-        strbuf_printf(&b, "%sbits 0x%" PRIx64, b.len ? ", " : "", unknown);
     return err_set(e, ENOTSUP, "incompatible features are not supported: %s", b.s ? b.s : "");
 }
 

@@ -35,11 +35,6 @@
 enum { OVERLAP_NONE, OVERLAP_CONSTANT, OVERLAP_CACHED, OVERLAP_ALL };
 static const char *const overlap_names[] = {"none", "constant", "cached", "all", NULL};
 
-struct qcow2_open_opts {
-    char *snapshot_id, *snapshot_name;
-    int overlap_check;
-};
-
 static const struct opt open_opts[] = {
     OPT_CHILD("file", OPT_OPEN, "the storage of the image"),
     OPT_CHILD("data-file", OPT_OPEN, "where the data lie; default: what the header names"),
@@ -51,6 +46,24 @@ static const struct opt open_opts[] = {
     OPT_ENUM(struct qcow2_open_opts, overlap_check, "overlap-check", OPT_OPEN, OVERLAP_CACHED,
              overlap_names,
              "before each write, whether it would hit metadata; \"none\" does not ask"),
+    OPT_GIVEN_SIZE(struct qcow2_open_opts, cache, has_cache, "cache-size", OPT_OPEN, OPT_ANY,
+                   "most memory for metadata; default: what the disk needs, up to 32 MiB"),
+    OPT_GIVEN_SIZE(struct qcow2_open_opts, l2_cache, has_l2_cache, "l2-cache-size", OPT_OPEN,
+                   OPT_ANY, "the share of L2 tables in it; one cache serves both"),
+    OPT_GIVEN_SIZE(struct qcow2_open_opts, count_cache, has_count_cache, "refcount-cache-size",
+                   OPT_OPEN, OPT_ANY, "the share of reference counts in it"),
+    OPT_GIVEN_SIZE(struct qcow2_open_opts, l2_entry, has_l2_entry, "l2-cache-entry-size", OPT_OPEN,
+                   OPT_ANY, "bytes of metadata that are read at once; 4 KiB at most are used"),
+    OPT_U64(struct qcow2_open_opts, clean_interval, "cache-clean-interval", OPT_OPEN, 600,
+            OPT_RANGE(0, UINT32_MAX), "taken and not needed: the cache is bounded"),
+    OPT_BOOL(struct qcow2_open_opts, lazy_refcounts, "lazy-refcounts", OPT_OPEN, false,
+             "taken and not needed: reference counts cost no barrier of their own"),
+    OPT_GIVEN_BOOL(struct qcow2_open_opts, pass_request, has_pass_request, "pass-discard-request",
+                   OPT_OPEN, "discarded clusters are given back to the file system"),
+    OPT_BOOL(struct qcow2_open_opts, pass_snapshot, "pass-discard-snapshot", OPT_OPEN, true,
+             "taken; what a snapshot leaves goes the way of all clusters"),
+    OPT_BOOL(struct qcow2_open_opts, pass_other, "pass-discard-other", OPT_OPEN, false,
+             "taken; what others leave goes the way of all clusters"),
     OPT_END,
 };
 
@@ -299,10 +312,13 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         r = qcow2_header_check_snapshots(&s->h, e);
     if (r < 0)
         return r;
-    uint32_t slice_bytes =
-        s->cluster_size < QCOW2_SLICE_BYTES_MAX ? s->cluster_size : QCOW2_SLICE_BYTES_MAX;
+    const struct qcow2_open_opts *o = n->opts;
+    if ((r = qcow2_tuning_check(s, o, e)) < 0)
+        return r;
+    uint32_t slice_bytes = qcow2_tuning_slice(s, o);
     s->slice_bits = (uint32_t)__builtin_ctz(slice_bytes >> s->l2e_shift);
-    if (qcow2_cache_init(&s->cache, s->file, slice_bytes, slices_wanted(s, slice_bytes)) < 0)
+    if (qcow2_cache_init(&s->cache, s->file, slice_bytes,
+                         qcow2_tuning_slices(o, slice_bytes, slices_wanted(s, slice_bytes))) < 0)
         return err_set(e, ENOMEM, "no memory for the metadata cache");
     s->node->size = s->h.size;
     if (!is_snapshot(n)) /* bitmaps are about the disk as it is now */
@@ -319,6 +335,9 @@ static int open_map_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 static int qcow2_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
     struct qcow2 *s = qcow2_of(n);
     s->node = n;
+    const struct qcow2_open_opts *o = n->opts;
+    if (o->has_pass_request)
+        n->flags = (n->flags & ~(unsigned)NODE_UNMAP) | (o->pass_request ? NODE_UNMAP : 0);
     s->unchecked = ((struct qcow2_open_opts *)n->opts)->overlap_check == OVERLAP_NONE;
     task_mutex_init(&s->l2_lock);
     task_mutex_init(&s->coded_lock);

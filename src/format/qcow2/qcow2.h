@@ -219,6 +219,21 @@ static inline bool qcow2_ordered(const struct qcow2 *s) {
  */
 int qcow2_header_write_co(struct qcow2 *s, struct err *e);
 
+/* ---- tuning.c: options of the open image that say how, not what ---- */
+struct qcow2_open_opts {
+    char *snapshot_id, *snapshot_name;
+    int overlap_check;
+    bool has_cache, has_l2_cache, has_count_cache, has_l2_entry, has_pass_request;
+    uint64_t cache, l2_cache, count_cache, l2_entry, clean_interval;
+    bool lazy_refcounts, pass_request, pass_snapshot, pass_other;
+};
+/* Whether they go together, and with this cluster size; -EINVAL. */
+int qcow2_tuning_check(const struct qcow2 *s, const struct qcow2_open_opts *o, struct err *e);
+/* Bytes of a slice, and how many of them the cache is to hold at most. */
+uint32_t qcow2_tuning_slice(const struct qcow2 *s, const struct qcow2_open_opts *o);
+uint64_t qcow2_tuning_slices(const struct qcow2_open_opts *o, uint32_t slice_bytes,
+                             uint64_t wanted);
+
 /* ---- open.c ---- */
 extern const struct driver driver_qcow2;
 /* ---- meta.c: which clusters hold metadata ---- */
@@ -353,7 +368,6 @@ struct qcow2_create_opts {
     int compression_type; /* enum qcow2_compression */
     int preallocation;    /* enum prealloc */
     bool lazy_refcounts, extended_l2;
-    uint64_t extent_hint;
     /* recognised, and refused as not yet supported */
     char *data_file, *encrypt[QCOW2_CREATE_ENCRYPT];
     bool data_file_raw, encryption;
