@@ -145,7 +145,8 @@ static struct manner manner_of(const struct node *n) {
     const char *name = n->drv->name;
     if (!dialect_is_qemu())
         return (struct manner){.precise = STATUS_PRECISE};
-    bool asks = (!strcmp(name, "raw") || !strcmp(name, "qcow2")) && !n->data_file;
+    bool asks = n->drv->kind != DRIVER_FORMAT ||
+                ((!strcmp(name, "raw") || !strcmp(name, "qcow2")) && !n->data_file);
     return (struct manner){.precise = asks ? STATUS_PRECISE : 0,
                            .all_present = !strcmp(name, "vdi") || !strcmp(name, "vpc")};
 }
