@@ -28,6 +28,8 @@
 #define RX_SMALL 1024u            /* gulp while large writes come */
 #define DIRECT_BYTES (32u * 1024) /* payloads from here on count as large */
 #define TURN_WORK 256
+/* Answers that wait for the socket: about what it takes at once (SOCKET_BUFFER_BYTES). */
+#define UNSENT_BYTES (512u * 1024)
 /* Payload of a refused write is read and thrown away up to here; beyond, the client is lost. */
 #define DRAIN_MAX (2u * NBD_PAYLOAD_MAX)
 
@@ -250,6 +252,18 @@ static void budget_wait_co(struct nbd_client *c, uint32_t length) {
     }
 }
 
+/*
+ * While the socket is full, answers that are ready wait in memory; making more of them would only
+ * push those out of the processor's caches before they are sent.
+ */
+static void unsent_wait_co(struct nbd_client *c) {
+    while (c->sending && c->reply_bytes > UNSENT_BYTES && !c->closing) {
+        uncork(c);
+        waitq_wait_co(&c->req_freed);
+        c->corked = true;
+    }
+}
+
 /* ---------------------------------------------------------------- requests */
 
 static void request_task(void *arg) {
@@ -395,6 +409,7 @@ static int one_request_co(struct nbd_client *c) {
         return 1;
     }
     if (cmd.type == NBD_CMD_READ && cmd.length > SLOT_BYTES && cmd.length <= NBD_PAYLOAD_MAX) {
+        unsent_wait_co(c);
         budget_wait_co(c, (uint32_t)cmd.length);
         if (nbd_req_buffers(r, (uint32_t)cmd.length) < 0) {
             nbd_command_fail(r, -ENOMEM, NULL);
