@@ -122,3 +122,31 @@ def test_the_first_write_drops_bitmaps_that_it_makes_untrue(run, image):
     assert struct.unpack_from("<Q", image.read_bytes(), 56)[0] == 2048
     run("io", "-c", "write -q 9M 1k", image)
     assert struct.unpack_from("<Q", image.read_bytes(), 56)[0] == 0
+
+
+def add_extension(path, flags):
+    """A format extension behind the last cluster, with one feature that nobody knows."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<Q", data, 56, len(data) // 512)
+    cluster = struct.pack("<Q16sQQIIQ", 0xab234cef23dcea87, b"", 0x1122334455667788, flags, 8, 0, 7)
+    path.write_bytes(data + cluster.ljust(MIB, b"\0"))
+
+
+def test_an_unknown_feature_that_must_be_known_keeps_writers_out(run, image):
+    add_extension(image, 1)
+    before = image.read_bytes()
+    run("io", "-r", "-c", "read -q -P 5 3M 2M", image)
+    assert "0x1122334455667788" in run("io", "-c", "write 0 1k", image, status=1).stderr
+    assert image.read_bytes() == before
+    patch(image, 64, 1000)
+    assert "0x1122334455667788" in run("check", "-r", "all", image, status=63).stderr
+
+
+def test_a_repair_forgets_the_extension_before_copies_can_hit_it(run, image):
+    add_extension(image, 0)
+    run("check", image)
+    assert struct.unpack_from("<Q", image.read_bytes(), 56)[0]
+    patch(image, 64, struct.unpack_from("<10I", image.read_bytes(), 64)[3])
+    run("check", "-r", "all", image)
+    assert struct.unpack_from("<Q", image.read_bytes(), 56)[0] == 0
+    run("io", "-r", "-c", "read -q -P 5 3M 2M", "-c", "read -q -P 5 0 1M", image)

@@ -163,9 +163,13 @@ static int mended(struct walk *w, int r, struct err *e) {
 static int repair_errors_co(struct node *n, struct err *e) {
     struct parallels *s = parallels_of(n);
     struct walk w = {.s = s};
-    int r = 0;
-    if (s->data_wrong) {
+    int r = parallels_check_extension_co(s, e);
+    if (r < 0)
+        return r;
+    /* Copies could land on clusters of bitmaps, which nothing would notice. */
+    if (s->data_wrong || le64_load(s->header + PARALLELS_AT_EXTENSION)) {
         le32_store(s->header + PARALLELS_AT_DATA, (uint32_t)(s->data_offset / PARALLELS_SECTOR));
+        le64_store(s->header + PARALLELS_AT_EXTENSION, 0);
         r = parallels_header_write_co(s);
         s->data_wrong = r < 0;
     }

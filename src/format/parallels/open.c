@@ -76,6 +76,33 @@ static int parse_header(struct node *n, struct err *e) {
     return 0;
 }
 
+enum { EXTENSION_HEAD = 24, FEATURE_HEAD = 24, FEATURE_NECESSARY = 1 };
+
+int parallels_check_extension_co(struct parallels *s, struct err *e) {
+    uint64_t at = le64_load(s->header + PARALLELS_AT_EXTENSION), feature = 0;
+    uint32_t bytes = (uint32_t)min_u64(s->cluster_size, MIB);
+    if (!at || at > (uint64_t)INT64_MAX / PARALLELS_SECTOR - MIB)
+        return 0;
+    uint8_t *buf = buf_get(bytes);
+    int r = buf ? disk_pread_co(s->file, at * PARALLELS_SECTOR, buf, bytes) : -ENOMEM;
+    if (!r && le64_load(buf) == PARALLELS_EXTENSION_MAGIC)
+        for (uint64_t i = EXTENSION_HEAD;
+             !feature && i + FEATURE_HEAD <= bytes && le64_load(buf + i);
+             i += FEATURE_HEAD + align_up(le32_load(buf + i + 16), 8))
+            if (le64_load(buf + i + 8) & FEATURE_NECESSARY)
+                feature = le64_load(buf + i);
+    buf_put(buf, bytes);
+    if (r < 0)
+        return err_errno(e, -r, "reading the format extension");
+    if (!feature)
+        return 0;
+    return err_set(e, ENOTSUP,
+                   "feature 0x%016" PRIx64
+                   " of the format extension, which is not known, says that "
+                   "without it the image must not be changed",
+                   feature);
+}
+
 /* What another writer left unfinished is repaired before the first write. */
 static int become_writable_co(struct node *n, struct err *e) {
     struct parallels *s = parallels_of(n);
@@ -85,10 +112,11 @@ static int become_writable_co(struct node *n, struct err *e) {
                        " bytes, not a power of two, can only be read; convert the image",
                        s->cluster_size);
     s->scanned = false;
-    if (le32_load(s->header + PARALLELS_AT_IN_USE) != PARALLELS_IN_USE)
-        return 0;
+    int r = parallels_check_extension_co(s, e);
+    if (r < 0 || le32_load(s->header + PARALLELS_AT_IN_USE) != PARALLELS_IN_USE)
+        return r;
     struct check_result found = {.fix = CHECK_FIX_LEAKS | CHECK_FIX_ERRORS};
-    int r = parallels_check_co(n, &found, e);
+    r = parallels_check_co(n, &found, e);
     if (r < 0 || (!found.corruptions && !found.check_errors)) {
         s->marked = !r;
         return r;

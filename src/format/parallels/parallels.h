@@ -38,6 +38,7 @@ struct create_ctx;
 #define PARALLELS_CLUSTER_MAX (256u << 20)
 #define PARALLELS_ENTRIES_MAX ((uint32_t)INT32_MAX / 4)
 
+#define PARALLELS_EXTENSION_MAGIC UINT64_C(0xab234cef23dcea87)
 #define PARALLELS_MAGIC_OLD "WithoutFreeSpace"
 #define PARALLELS_MAGIC_NEW "WithouFreSpacExt"
 
@@ -74,6 +75,11 @@ static inline struct parallels *parallels_of(struct node *n) {
 /* ---- open.c ---- */
 /* Writes the header as it is in s->header, stably. */
 int parallels_header_write_co(struct parallels *s);
+/*
+ * A change makes the format extension forgotten.  A feature in it may say that whoever does not
+ * know it must not change the image, and none is known here: -ENOTSUP.
+ */
+int parallels_check_extension_co(struct parallels *s, struct err *e);
 
 /* ---- map.c ---- */
 /* A cluster that lies in the file, as far as its length tells: the last one may be cut. */
