@@ -31,6 +31,7 @@ import tempfile
 import time
 
 import format_rows
+import export_rows
 import img_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -349,9 +350,11 @@ def checks(d):
 # ---------------------------------------------------------------- NBD
 
 class Server:
-    """A server on a unix socket, ready when the greeting has arrived; .ready is how long that took."""
+    """A server on a unix socket, ready when the greeting has arrived; .ready is how long that took.
 
-    def __init__(self, d, label, command):
+    Without `greets` it is ready when it accepts connections."""
+
+    def __init__(self, d, label, command, greets=True):
         self.path = os.path.join(d, "sock")
         if os.path.exists(self.path):
             os.unlink(self.path)
@@ -364,7 +367,8 @@ class Server:
             with socket.socket(socket.AF_UNIX) as s:
                 try:
                     s.connect(self.path)
-                    s.recv(18)
+                    if greets:
+                        s.recv(18)
                     self.ready = time.perf_counter() - start
                     return
                 except OSError:
@@ -430,7 +434,8 @@ def nbd_rows(d, raw, qcow2):
         os.unlink(copy)
 
 
-def nbd_row(d, title, servers, args):
+def nbd_row(d, title, servers, args, load=LOAD, greets=True, reach=None):
+    """`reach`: what is aimed at for requests/s and for server CPU."""
     figures = {label: [] for label, _ in servers}
     failed = set()
     for _ in range(ROUNDS):
@@ -439,13 +444,13 @@ def nbd_row(d, title, servers, args):
                 continue
             os.sync()
             try:
-                server = Server(d, label, command)
+                server = Server(d, label, command, greets)
             except RuntimeError as e:
                 note("  " + str(e))
                 failed.add(label)
                 continue
             try:
-                p = subprocess.run([LOAD, "--socket", server.path, "--json", "-t", str(SECONDS),
+                p = subprocess.run([load, "--socket", server.path, "--json", "-t", str(SECONDS),
                                     "--pid", str(server.process.pid), *args],
                                    capture_output=True, text=True, timeout=60 + SECONDS)
             finally:
@@ -467,9 +472,10 @@ def nbd_row(d, title, servers, args):
                                ["%s failed" % k for k in failed if k != "strata"]),
                      "%.2f x" % ratio(ours, best(peers.values())) if ours and peers else "-", reach))
 
-    line("requests/s", iops, max, lambda o, p: o / p, "%.0f", "")
-    line("server CPU", cpu, min, lambda o, p: o / p, "%.2f us",
-         "<= 0.6 x" if "qcow2, 4 KiB random read, depth 32" in title else "")
+    if reach is None:
+        reach = ("", "<= 0.6 x" if "qcow2, 4 KiB random read, depth 32" in title else "")
+    line("requests/s", iops, max, lambda o, p: o / p, "%.0f", reach[0])
+    line("server CPU", cpu, min, lambda o, p: o / p, "%.2f us", reach[1])
 
 
 def serve_ready(d, qcow2):
@@ -547,6 +553,7 @@ def main():
         img_rows.add(sys.modules[__name__], d, raw, qcow2)
         format_rows.add(sys.modules[__name__], d, raw)
         nbd_rows(d, raw, qcow2)
+        export_rows.add(sys.modules[__name__], d, raw, qcow2)
     finally:
         shutil.rmtree(d, ignore_errors=True)
         text = table()

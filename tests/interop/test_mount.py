@@ -163,6 +163,22 @@ def test_a_file_as_mount_point_becomes_the_disk(run, parted, tmp_path):
     assert point.read_bytes() == b""
 
 
+def test_a_file_as_mount_point_has_the_size_of_the_disk_and_takes_writes(run, peer, parted, tmp_path):
+    raw, image = parted()
+    point = tmp_path / "here"
+    point.write_bytes(b"")
+    run("mount", "--write", image, point)
+    try:
+        assert point.stat().st_size == 64 * MIB
+        for path in (raw, point):
+            with open(path, "r+b") as f:
+                f.seek(30 * MIB + 5)
+                f.write(b"through the file" * 1000)
+    finally:
+        run("unmount", point)
+    peer("qemu-img", "compare", raw, image)
+
+
 def test_logical_partitions_have_the_numbers_that_linux_gives(run, parted, folder):
     raw, image = parted("label: dos\n1 : size=10M\n2 : size=40M, type=E\n5 : size=5M\n6 : size=6M\n")
     run("mount", image, folder)

@@ -394,7 +394,8 @@ static void op_init(void *arg, struct fuse_conn_info *conn) {
     const struct fuse_export *x = arg;
     /* Splicing requests through pipes costs more than the copy that it saves at these sizes. */
     conn->want &= ~(unsigned)(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE);
-    if (x->writable)
+    /* With it the kernel believes only itself about sizes, and it has none of the root. */
+    if (x->writable && !x->as_file)
         conn->want |= conn->capable & FUSE_CAP_WRITEBACK_CACHE;
     conn->max_write = conn->max_read = TRANSFER_MAX;
     conn->max_background = IN_FLIGHT_MAX;
