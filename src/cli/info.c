@@ -18,10 +18,23 @@
 
 /* ---------------------------------------------------------------- specifics */
 
+/* What that program does not tell of a VMDK. */
+static void drop_ours(const struct node *n, json_t *data) {
+    static const char *const ours[] = {"version", "zeroed-grain",  "redundant-tables",
+                                       "footer",  "disk-database", "extents-in-all",
+                                       NULL};
+    for (int i = 0; !strcmp(n->drv->name, "vmdk") && ours[i]; i++)
+        json_object_del(data, ours[i]);
+}
+
 json_t *info_specifics(struct node *n, const char **type) {
     *type = n->drv->name;
-    if (n->drv->format && n->drv->format->describe)
-        return n->drv->format->describe(n);
+    if (n->drv->format && n->drv->format->describe) {
+        json_t *data = n->drv->format->describe(n);
+        if (dialect_is_qemu())
+            drop_ours(n, data);
+        return data;
+    }
     /* A raw disk has nothing to tell but what lies below it. */
     if (n->drv->format && n->file && !strcmp(n->drv->name, "raw"))
         n = n->file;

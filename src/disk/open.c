@@ -426,7 +426,7 @@ int node_open_data_co(struct node *n, struct open_ctx *ctx, struct err *e) {
 /* ---- parts ---- */
 
 bool node_wants_data(const struct open_ctx *ctx) {
-    return !(ctx->req->flags & OPEN_NO_DATA);
+    return !(ctx->req->flags & OPEN_NO_DATA) || ctx->req->gate == GATE_ANY;
 }
 
 static int claimed_part_co(struct node *n, struct open_ctx *ctx, const char *claimed, json_t **out,

@@ -100,7 +100,8 @@ enum gate open_ctx_gate(const struct open_ctx *ctx);
  * For formats that say what the image below is (an identifier) and not where: looks at the first
  * bytes of the regular files in the folder of n->file, and with GATE_LOCAL and GATE_ANY also in the
  * folder above (snapshots lie in one of their own).  *name: what n->backing_name would be, owned;
- * NULL: none matches, or the gate is GATE_NONE.  `match` runs on another thread.  -EINVAL: two match.
+ * NULL: none matches, or the gate is GATE_NONE.  `match` runs on another thread.  -EINVAL: two
+ * match.
  */
 #define FIND_HEAD_BYTES 512
 int node_find_beside_co(struct node *n, enum gate gate,
@@ -126,7 +127,8 @@ bool node_has_data_option(const struct open_ctx *ctx);
  */
 int node_open_part_co(struct node *n, struct open_ctx *ctx, size_t index, const char *claimed,
                       enum child_role role, bool writable, struct node **out, struct err *e);
-/* OPEN_NO_DATA: metadata of the image's own file is all that is asked. */
+/* Not with OPEN_NO_DATA: metadata of the image's own file is all that is asked.  Where any name may
+ * be followed, parts are looked at all the same. */
 bool node_wants_data(const struct open_ctx *ctx);
 
 /* A format on top of an already open storage node (its reference is taken over on success). */
@@ -164,8 +166,9 @@ int storage_create_co(const struct create_ctx *ctx, struct node **out, struct er
 int node_link_co(struct node *storage, const char *name, bool replace, struct err *e);
 
 /*
- * Options of the file that a new image lies in.  They stand among those of its format (-o), whatever
- * that is: whoever fills a format's create options passes create_file_keys as keys of the core.
+ * Options of the file that a new image lies in.  They stand among those of its format (-o),
+ * whatever that is: whoever fills a format's create options passes create_file_keys as keys of the
+ * core.
  */
 struct create_file_opts {
     bool nocow;                /* btrfs: no copy-on-write for this file */

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Workloads of guests' requests on the other formats that can be written. */
+#include <stdlib.h>
+
 #include "workloads.h"
 
 /* A clean close and another opening, between requests: the log is given up and begun again. */
@@ -10,6 +12,20 @@ static void reopen_co(struct lab *l) {
 }
 
 static const struct lab_op reopen_ops[] = {{"reopen", 3, true, reopen_co}, {NULL}};
+
+/* A stream: each grain once, in any order. */
+static void stream_setup_co(struct lab *l) {
+    l->own = calloc(1, sizeof(unsigned));
+}
+
+static void stream_grain_co(struct lab *l) {
+    enum { GRAIN = 64 * KIB / BLOCK };
+    unsigned *next = l->own, grains = (unsigned)(l->disk->size / BLOCK / GRAIN);
+    if (*next < grains)
+        lab_write(l, (uint64_t)(*next)++ * 5 % grains * GRAIN, GRAIN, false);
+}
+
+static const struct lab_op stream_ops[] = {{"grain", 65, false, stream_grain_co}, {NULL}};
 
 const struct workload format_workloads[] = {
     {"vdi-4k", "block_size=4k", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 256 * KIB, .format = "vdi",
@@ -38,15 +54,24 @@ const struct workload format_workloads[] = {
     {"vmdk-zeroed", "zeroed_grain=on", 4 * MIB, 70, 12, 3, 10, 10, 0, 0, 200, 0, .format = "vmdk"},
     {"vmdk-overlay", "backing_file=lab:1,backing_fmt=vmdk,zeroed_grain=on", 2 * MIB, 80, 12, 3, 10,
      10, 0, 0, 40, 256 * KIB, .format = "vmdk", .below = {{"vmdk", "", 2 * MIB, .filled = true}}},
+    {.name = "vmdk-stream",
+     .options = "subformat=streamOptimized",
+     .size = 3 * MIB + 64 * KIB,
+     .requests = 12,
+     .flush = 35,
+     .max_blocks = 1,
+     .format = "vmdk",
+     .ops = stream_ops,
+     .setup_co = stream_setup_co,
+     .plants = "VMDK_FOOTER_OVERWRITTEN"},
     {"vpc-fixed", "force_size=on,subformat=fixed", 2 * MIB, 80, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vpc"},
     {"vpc-overlay", "backing_file=lab:1", 3 * MIB, 70, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vpc",
      .below = {{"vpc", "force_size=on", 3 * MIB, .filled = true}}},
     {"vhdx", "block_size=1M", 4 * MIB, 60, 12, 3, 10, 10, 0, 0, 60, 0, .format = "vhdx",
-     .ops = reopen_ops,
-     .plants = "VHDX_LOG_UNNAMED VHDX_NO_LOG"},
-    {"vhdx-grow", "block_size=1M,block_state_zero=off", 1600 * KIB, 60, 12,
-     3, 5, 10, 0, 5, 24, 0, .format = "vhdx"},
+     .ops = reopen_ops, .plants = "VHDX_LOG_UNNAMED VHDX_NO_LOG"},
+    {"vhdx-grow", "block_size=1M,block_state_zero=off", 1600 * KIB, 60, 12, 3, 5, 10, 0, 5, 24, 0,
+     .format = "vhdx"},
     {"vhdx-fixed", "block_size=1M,subformat=fixed", 2 * MIB, 60, 12, 3, 10, 10, 0, 0, 40, 0,
      .format = "vhdx", .ops = reopen_ops},
     {"vhdx-overlay", "block_size=1M,backing_file=lab:1", 3 * MIB, 60, 12, 3, 10, 10, 0, 4, 40, 0,

@@ -90,6 +90,17 @@ def test_info_says_what_qemu_img_says(run, peer, tmp_path):
         assert ours["extents"][0]["virtual-size"] == theirs["extents"][0]["virtual-size"]
 
 
+@pytest.mark.parametrize("kind", SUBFORMATS)
+def test_the_drop_in_info_is_that_of_qemu_img(strata, peer, tmp_path, kind):
+    os.symlink(strata, tmp_path / "qemu-img")
+    path = tmp_path / "a.vmdk"
+    peer("qemu-img", "create", "-q", "-f", "vmdk", "-o", f"subformat={kind}", path, "10M")
+    theirs = json.loads(peer("qemu-img", "info", "--output=json", path).stdout)
+    ours = subprocess.run([tmp_path / "qemu-img", "info", "--output=json", path], check=True,
+                          capture_output=True, text=True).stdout
+    assert json.loads(ours)["format-specific"] == theirs["format-specific"]
+
+
 @pytest.mark.parametrize("options", ["compat6=on", "hwversion=9", "adapter_type=lsilogic",
                                      "adapter_type=buslogic", "toolsversion=77",
                                      "zeroed_grain=on"])
@@ -388,6 +399,7 @@ def limited():
     resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
 
 
+@pytest.mark.plain_build
 @pytest.mark.parametrize("many", [
     'RW 1 ZERO\n' * 100000, 'RW 1 FLAT "a" 0\n' * 100000, 'x=' + "y" * (3 * MIB), "a\n" * 1000000], ids=["zeros", "flats", "long", "lines"])
 def test_a_huge_descriptor_is_bounded(strata, tmp_path, many):
@@ -399,6 +411,7 @@ def test_a_huge_descriptor_is_bounded(strata, tmp_path, many):
     assert p.returncode == 1 and ("32768 extents" in p.stderr or "no extents" in p.stderr)
 
 
+@pytest.mark.plain_build
 def test_a_descriptor_of_2_gb_is_not_read(strata, tmp_path):
     path = tmp_path / "a.vmdk"
     path.write_text(text('RW 8 ZERO'))
@@ -526,6 +539,7 @@ def test_a_rebase_moves_a_child_to_a_copy(run, peer, tmp_path, chain):
 
 # ---- size
 
+@pytest.mark.plain_build
 def test_2000_extents_of_2_tib_stay_within_memory(strata, tmp_path):
     """Each is touched; the limit of open files that shells set is far below."""
     part = 2 * TIB // 2000 // 65536 * 65536 // 512

@@ -15,17 +15,16 @@ static void put_text(json_t *o, const char *key, const char *text) {
 static json_t *describe_extent(const struct vmdk *s, const struct vmdk_extent *x) {
     static const char *const accesses[] = {"RW", "RDONLY", "NOACCESS"};
     json_t *o = json_object();
+    if (x->map && x->map->coded)
+        json_object_set_new(o, "compressed", json_true());
     json_object_set_new(o, "virtual-size", json_integer((json_int_t)x->length));
     if (x->name)
         put_text(o, "filename",
                  s->embedded ? s->node->filename
                  : x->file   ? x->file->filename
                              : x->name);
-    if (x->map) {
+    if (x->map)
         json_object_set_new(o, "cluster-size", json_integer(x->map->grain_bytes));
-        if (x->map->coded)
-            json_object_set_new(o, "compressed", json_true());
-    }
     json_object_set_new(o, "format", json_string(s->embedded ? "" : vmdk_type_names[x->type]));
     if (x->access != VMDK_RW)
         json_object_set_new(o, "access", json_string(accesses[x->access]));

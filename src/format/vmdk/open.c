@@ -362,7 +362,7 @@ static int open_extents_co(struct node *n, struct open_ctx *ctx, struct err *e) 
             continue;
         with_file++;
         int r = open_extent_co(n, ctx, i, &why);
-        if (r < 0 && n->flags & NODE_CHECK && r != -EPERM) {
+        if (r < 0 && n->flags & (NODE_CHECK | NODE_LOOK) && r != -EPERM) {
             x->problem = strdup(err_text(&why));
             continue;
         }

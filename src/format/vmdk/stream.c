@@ -130,7 +130,7 @@ static int reopen_co(struct vmdk_map *m) {
     struct vmdk_stream *s = m->stream;
     if (!s->ended)
         return 0;
-    int r = header_write_co(m, s->gd_at / VMDK_SECTOR);
+    int r = PLANTED(VMDK_FOOTER_OVERWRITTEN) ? 0 : header_write_co(m, s->gd_at / VMDK_SECTOR);
     if (!r)
         s->ended = false;
     return r;
