@@ -147,12 +147,12 @@ enum strata_amend_flags {
     STRATA_AMEND_SHRINK = 2 /* "size" may be smaller: what lies behind it is lost */
 };
 /*
- * Changes options of the image of a disk that is open read-write: `options` is "key=value,..." as in
- * `strata amend -o` ("compat=0.10", "lazy_refcounts=on", "refcount_bits=64", "size=20G" ...).
+ * Changes options of the image of a disk that is open read-write: `options` is "key=value,..." as
+ * in `strata amend -o` ("compat=0.10", "lazy_refcounts=on", "refcount_bits=64", "size=20G" ...).
  * Requests of other threads wait.  All is judged before anything is changed; each change is stable
  * when it returns 0, and a kill or a power cut leaves the image before or behind one of them.
- * -ENOTSUP: the format has no such options; -EINVAL: an unknown key, or a value that does not fit the
- * image; -EROFS.
+ * -ENOTSUP: the format has no such options; -EINVAL: an unknown key, or a value that does not fit
+ * the image; -EROFS.
  */
 STRATA_API int strata_amend(struct strata_disk *d, const char *options, unsigned flags,
                             struct strata_error *error);

@@ -87,8 +87,8 @@ void dialect_create_error(struct verb_ctx *ctx, const char *name, const char *be
 /* An option of -o was refused: "Invalid parameter 'x'". */
 int dialect_options_error(struct verb_ctx *ctx);
 /*
- * Prints the create or amend options of a format in that program's form, with what files have of their own when `file`.
- * False: we are not called by its name, nothing was printed.
+ * Prints the create or amend options of a format in that program's form, with what files have of
+ * their own when `file`. False: we are not called by its name, nothing was printed.
  */
 bool dialect_option_help(const struct driver *d, unsigned when, bool file);
 /* A text of -o as a whole; false with an error.  Always true under our own name. */
