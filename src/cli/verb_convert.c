@@ -336,7 +336,8 @@ static int create_target_co(struct convert *c) {
     if (r < 0)
         return dialect_is_qemu() ? target_error(c) : err_prefix(e, "%s", c->target_name);
 
-    bool automatic = (!a->cache || cache == CACHE_UNSAFE) && !a->compress && !takes_codes(options);
+    bool codes = a->compress || takes_codes(options) || c->format->format->written_once;
+    bool automatic = (!a->cache || cache == CACHE_UNSAFE) && !codes;
     c->unnamed = !device;
     r = device ? open_device_co(c, cache)
                : create_storage_co(c, cache_node_flags(cache), automatic);

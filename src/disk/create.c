@@ -190,6 +190,21 @@ int data_file_finish_co(struct node *file, const char *name, struct err *e) {
     return r < 0 ? err_prefix(e, "data file '%s'", name) : 0;
 }
 
+/* The first flush of a format whose images are written once. */
+static int make_whole_co(struct node *file, const struct driver *format, struct err *e) {
+    struct open_req req = {.flags = OPEN_RW};
+    struct node *n;
+    int r = node_open_on_co(node_ref(file), format, NULL, &req, &n, e);
+    if (r < 0) {
+        node_unref_co(file);
+        return r;
+    }
+    if ((r = disk_flush_co(n)) < 0)
+        err_errno(e, -r, "flushing");
+    node_unref_co(n);
+    return r;
+}
+
 int disk_create_co(const char *name, const char *format, const json_t *options, unsigned flags,
                    struct err *e) {
     const struct driver *drv = driver_find(format);
@@ -203,6 +218,8 @@ int disk_create_co(const char *name, const char *format, const json_t *options, 
     if (r < 0)
         return r;
     r = format_create_co(file, drv, options, e);
+    if (!r && drv->format->written_once)
+        r = make_whole_co(file, drv, e);
     if (!r && (r = disk_flush_co(file)) < 0)
         err_errno(e, -r, "flushing");
     if (!r && !special)

@@ -208,6 +208,12 @@ struct format_ops {
                      struct err *e);
 
     /*
+     * A new image takes codes only, and its first flush makes it whole; until then it can be opened
+     * to write, afterwards not.
+     */
+    bool written_once;
+
+    /*
      * Longest run from `offset` with one answer.  Never writes.  -EIO on damage met on the way (the
      * image is not changed by reading).  Called under a shared range lock on the range.
      */
