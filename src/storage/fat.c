@@ -81,7 +81,7 @@ static int check_opts(const struct node *n, struct err *e) {
         return err_set(e, EINVAL,
                        "label '%s' is not up to %d signs of those that FAT labels can have",
                        o->label, FAT_SHORT);
-    if (o->rw)
+    if (o->rw && node_is_rw(n))
         return err_set(e, ENOTSUP, "writing back to a directory (rw) is not supported");
     if (node_is_rw(n)) {
         err_set(e, EROFS, "a directory shown as a disk can only be read");
@@ -410,7 +410,7 @@ static const struct opt fat_open_opts[] = {
     OPT_BOOL(struct fat_opts, floppy, "floppy", OPT_OPEN, false, "a floppy disk, not a hard disk"),
     OPT_STR(struct fat_opts, label, "label", OPT_OPEN,
             "name of the volume, up to 11 signs; default: QEMU VVFAT"),
-    OPT_BOOL(struct fat_opts, rw, "rw", OPT_OPEN, false, "accept writes"),
+    OPT_BOOL(struct fat_opts, rw, "rw", OPT_OPEN, false, "as if not given: writing is refused"),
     OPT_END,
 };
 

@@ -180,7 +180,6 @@ def test_what_does_not_fit_is_refused_with_its_reason(run, tmp_path, size, name,
                                           ({"dir": "/", "fat-type": 13}, "12, 16 or 32"),
                                           ({"dir": "/", "label": "a/b"}, "label 'a/b'"),
                                           ({"dir": "/", "label": "x" * 12}, "up to 11 signs"),
-                                          ({"dir": "/", "rw": True}, "not supported"),
                                           ({"dri": "/"}, "dir")])
 def test_bad_options_are_named(run, options, word):
     name = "json:" + json.dumps({"driver": "vvfat", **options})
@@ -192,6 +191,12 @@ def test_the_options_do_what_the_name_does(run, tree):
                                  "floppy": True, "label": "CIDATA"})
     data = json.loads(run("info", "--output=json", name).stdout)["format-specific"]["data"]
     assert (data["fat-type"], data["floppy"], data["label"]) == (12, True, "CIDATA")
+
+
+@pytest.mark.parametrize("form,word", [("", "can only be read"), ("rw:", "writing back")])
+def test_writing_is_refused(run, tree, form, word):
+    assert "format: raw" in run("info", f"fat:{form}{tree}").stdout
+    assert word in run("io", "-c", "write 0 512", f"fat:{form}{tree}", status=1).stderr
 
 
 def test_few_descriptors_are_open_at_once(strata, tmp_path):
