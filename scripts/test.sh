@@ -9,7 +9,8 @@
 # Everything runs once per I/O back end (STRATA_AIO=uring, then threads), but for the crash
 # laboratory, which runs under the first.  Only where the kernel
 # itself refuses io_uring, asked here without strata's help, is that round left out, and the
-# output says so.  STRATA_TEST_AIO="uring threads" chooses by hand; arguments go to pytest.
+# output says so.  STRATA_TEST_AIO="uring threads" chooses by hand; with STRATA_TEST_ONCE=1 pytest
+# runs under the first back end only.  Arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 BUILD=${BUILD:-build}
@@ -61,6 +62,7 @@ for aio in $backends; do
     mv "$BUILD/meson-logs/unit-$aio.junit.xml" "$results/unit-$aio.xml"
     accounted "$status" "$results/unit-$aio.xml"
     [ ${#suites[@]} -gt 0 ] || continue
+    [ -z "${STRATA_TEST_ONCE:-}" ] || [ "$aio" = "${backends%% *}" ] || continue
     echo "== pytest, $aio: ${suites[*]}"
     $py -m pytest -q -p no:cacheprovider -n "$jobs" --durations=8 \
         --junitxml="$results/pytest-$aio.xml" "${once[@]}" "$@" "${suites[@]}" </dev/null
