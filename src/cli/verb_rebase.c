@@ -117,6 +117,12 @@ static int switch_error(struct verb_ctx *ctx, int rc) {
             &ctx->err, ENOSPC,
             "Could not change the backing file to '%s': No space left in the file header",
             a->backing);
+    if (rc == -ENOTSUP && dialect_is_qemu()) { /* in this image, or not such a backing file */
+        err_clear(&ctx->err);
+        return err_set(&ctx->err, ENOTSUP,
+                       "Could not change the backing file to '%s': Operation not supported",
+                       a->backing ? a->backing : "");
+    }
     return rc;
 }
 

@@ -15,7 +15,9 @@
  * Invariants
  *  1. The image reads the same at every moment: what is written is what the old base holds there.
  *  2. Windows begin and end at units of the image or at the end of the disk, and are handed out
- *     once, so no two workers write into one unit.
+ *     once, so no two workers write into one unit.  Only of units above 2 MiB (VHDX) windows are
+ *     parts: what comes to lie beside a part that is written is the old base's content too, so that
+ *     a second worker writes what is there already.
  *  3. Behind the end of a base it counts as zeros.
  *  4. Only the first error is kept; after it no further window is handed out.
  *  5. Writes begin in the order of the windows, so that the image's clusters lie in order: a window
@@ -441,9 +443,11 @@ int rebase_copy_co(struct node *image, struct node *base, const struct rebase_op
     r.unit = max_u64(image->granularity, 1);
     if (r.unit == 1)
         r.unit = 65536;
-    if (r.unit > 2 * CHUNK)
+    if (r.unit > 2 * CHUNK && opts->compress)
         return err_set(e, ENOTSUP, "%s: units of %" PRIu64 " bytes are larger than %d",
                        image->filename, r.unit, 2 * CHUNK);
+    if (r.unit > 2 * CHUNK) /* the engine copies the rest of a unit; parts of it are looked at */
+        r.unit = CHUNK;
     r.chunk = max_u64(r.unit, CHUNK);
     task_mutex_init(&r.walk);
     waitq_init(&r.turns);

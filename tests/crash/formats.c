@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* Workloads of guests' requests on the other formats that can be written. */
 #include <stdlib.h>
+#include <string.h>
 
+#include "disk/node.h"
+#include "job/copy.h"
+#include "job/rebase.h"
 #include "workloads.h"
 
 /* A clean close and another opening, between requests: the log is given up and begun again. */
@@ -12,6 +16,28 @@ static void reopen_co(struct lab *l) {
 }
 
 static const struct lab_op reopen_ops[] = {{"reopen", 3, true, reopen_co}, {NULL}};
+
+/* Over lab:1 or lab:2, there and back, by names of all lengths; the parents do not change. */
+static void relink_co(struct lab *l) {
+    struct err e AUTO_ERR = ERR_INIT;
+    struct rebase_opts opts = {0};
+    struct node *base;
+    const char *format = l->w->format;
+    unsigned to = strstr(l->disk->backing_name, "lab:1") ? 2 : 1;
+    char name[3000];
+    size_t length = 6 + lab_rnd(l, sizeof(name) - 7);
+    memset(name, 'a', length);
+    memcpy(name, to == 1 ? "lab:1/" : "lab:2/", 6);
+    name[length] = 0;
+    lab_must(lab_open_co(to, format, NULL, 0, &base, &e), &e, "the new parent");
+    lab_must(rebase_copy_co(l->disk, base, &opts, &e), &e, "rebase");
+    lab_must(rebase_switch_co(l->disk, name, format, &e), &e, "rebase");
+    node_unref_co(l->disk->backing);
+    l->disk->backing = base;
+    l->disk->map_generation++;
+}
+
+static const struct lab_op relink_ops[] = {{"relink", 3, true, relink_co}, {NULL}};
 
 /* A stream: each grain once, in any order. */
 static void stream_setup_co(struct lab *l) {
@@ -76,5 +102,9 @@ const struct workload format_workloads[] = {
      .format = "vhdx", .ops = reopen_ops},
     {"vhdx-overlay", "block_size=1M,backing_file=lab:1", 3 * MIB, 60, 12, 3, 10, 10, 0, 4, 40, 0,
      .format = "vhdx", .below = {{"vhdx", "block_size=1M", 2 * MIB, .filled = true}}},
+    {"vhdx-relink", "block_size=1M,backing_file=lab:1", 3 * MIB, 40, 12, 3, 10, 10, 0, 0, 40, 0,
+     .format = "vhdx", .ops = relink_ops, .plants = "VHDX_RELINK_IN_PARTS",
+     .below = {{"vhdx", "block_size=1M", 2 * MIB, .filled = true},
+               {"vhdx", "block_size=2M", 3 * MIB, .filled = true}}},
     {0},
 };

@@ -222,3 +222,76 @@ def test_another_parent_is_refused(run, tmp_path, child):
     tree = json.dumps({"driver": "vdi", "file": {"filename": str(child)},
                        "backing": {"driver": "vdi", "file": {"filename": str(other)}}})
     assert "the parent is" in run("io", "-r", "-c", "read 0 1k", f"json:{tree}", status=1).stderr
+
+
+# ---- rebase and commit
+
+def told(run, path):
+    return json.loads(run("info", "--output=json", path).stdout)["format-specific"]["data"]
+
+
+def test_a_commit_empties_a_child_that_names_its_changed_parent(run, image, child):
+    run("rebase", "-u", "-b", image.name, "-F", "vdi", child)
+    run("io", "-c", "write -q -P 8 4M 512", "-c", "write -q -P 9 9M 1M", child)
+    before = told(run, image)["modification-uuid"]
+    run("commit", "-q", child)
+    script = ["-c", "read -q -P 49 0 1M", "-c", "read -q -P 0 1M 2M", "-c", "read -q -P 5 3M 1M",
+              "-c", "read -q -P 8 4M 512", "-c", "read -q -P 5 4097k 1023k", "-c", "read -q -P 9 9M 1M"]
+    for path in image, child:
+        run("io", "-r", *script, path)
+        run("check", path)
+    now = told(run, image)["modification-uuid"]
+    assert now != before and child.read_bytes()[440:456] == uuid.UUID(now).bytes_le
+    assert field(child, "allocated") == 0 and child.stat().st_size == 1024
+    run("io", "-c", "write -q -P 3 3M 1M", child)
+    run("commit", "-q", child)
+    run("io", "-r", "-c", "read -q -P 3 3M 1M", "-c", "read -q -P 8 4M 512", image)
+
+
+def test_a_child_whose_parent_has_changed_is_linked_anew(run, image, child):
+    run("commit", "-q", "-d", child)
+    run("io", "-c", "write -q -P 8 9M 1M", image)
+    patched = bytearray(child.read_bytes())
+    patched[440:456] = uuid.uuid4().bytes_le
+    child.write_bytes(patched)
+    assert "unchanged" in run("io", "-r", "-c", "read 0 1k", child, status=1).stderr
+    run("rebase", "-u", "-b", image.name, "-F", "vdi", child)
+    run("io", "-r", "-c", "read -q -P 49 0 1M", "-c", "read -q -P 8 9M 1M", child)
+
+
+def test_a_rebase_moves_a_child_to_another_parent_and_to_none(run, image, child, tmp_path):
+    other = tmp_path / "other.vdi"
+    run("create", "-q", "-f", "vdi", other, "10M")
+    run("io", "-c", "write -q -P 5 3M 1M", "-c", "write -q -P 6 8M 1M", other)
+    run("rebase", "-q", "-b", other.name, "-F", "vdi", child)
+    image.unlink()
+    script = ["-c", "read -q -P 49 0 1M", "-c", "read -q -P 0 1M 2M", "-c", "read -q -P 5 3M 2M", "-c",
+              "read -q -P 0 5M 5M"]
+    run("io", "-r", *script, child)
+    run("check", child)
+    run("rebase", "-q", "-b", "", child)
+    other.unlink()
+    run("io", "-r", *script, child)
+    run("check", child)
+    assert field(child, "type") == 1 and "parent-uuid" not in told(run, child)
+
+
+def test_an_image_without_a_parent_gets_one(run, image, tmp_path):
+    top = tmp_path / "top.vdi"
+    run("create", "-q", "-f", "vdi", top, "10M")
+    run("io", "-c", "write -q -P 2 4M 512", top)
+    run("rebase", "-q", "-b", image.name, "-F", "vdi", top)
+    assert field(top, "type") == 4
+    run("io", "-r", "-c", "read -q -P 0 0 4M", "-c", "read -q -P 2 4M 512", "-c", "read -q -P 0 4097k 5M", top)
+    run("check", top)
+
+
+def test_parents_that_cannot_be_recorded_are_refused_and_nothing_changes(run, image, child, tmp_path):
+    run("create", "-q", "-f", "qcow2", tmp_path / "b.qcow2", "10M")
+    fixed = tmp_path / "fixed.vdi"
+    run("create", "-q", "-f", "vdi", "-o", "static=on", fixed, "10M")
+    before = child.read_bytes(), fixed.read_bytes()
+    assert "not qcow2" in run("rebase", "-u", "-b", "b.qcow2", "-F", "qcow2", child, status=1).stderr
+    assert "fixed image" in run("rebase", "-u", "-b", image.name, "-F", "vdi", fixed, status=1).stderr
+    run("rebase", "-u", "-b", "missing.vdi", "-F", "vdi", child, status=1)
+    assert (child.read_bytes(), fixed.read_bytes()) == before

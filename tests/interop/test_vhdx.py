@@ -587,3 +587,128 @@ def test_a_locator_of_nonsense_is_answered(run, child, seed):
         child.write_bytes(broken)
         p = run("io", "-r", "-c", "read -q 0 4k", child, status=None)
         assert p.returncode in (0, 1)
+
+
+# ---------------------------------------------------------------- rebase and commit
+
+def guid(path):
+    i = Image(path)
+    return i.data[i.header() + 32:i.header() + 48]
+
+
+def linkage(run, path):
+    return json.loads(run("info", "--output=json", path).stdout)["format-specific"]["data"].get("parent-linkage")
+
+
+def test_a_commit_empties_a_child_that_names_its_changed_parent(run, image, child):
+    run("io", "-c", "write -q -P 8 3100k 4k", "-c", "write -q -z 4M 1M", "-c", "write -q -P 9 7M 1M", child)
+    before, size = guid(image), child.stat().st_size
+    run("commit", "-q", child)
+    want = (5, 3072, 28), (8, 3100, 4), (5, 3104, 992), (0, 4096, 3072), (9, 7168, 1024), (0, 0, 3072)
+    reads(run, image, *want)
+    reads(run, child, *want)
+    assert guid(image) != before
+    assert linkage(run, child) == str(uuid.UUID(bytes_le=bytes(guid(image))))
+    assert child.stat().st_size < size
+    assert '"depth": 0' not in run("map", "--output=json", child).stdout
+    run("check", child)
+    run("io", "-c", "write -q -P 3 3M 1M", child)
+    run("commit", "-q", child)
+    reads(run, image, (3, 3072, 1024), (0, 4096, 3072))
+
+
+def test_a_commit_without_emptying_leaves_the_child_as_it_is(run, image, child):
+    run("io", "-c", "write -q -P 8 3100k 4k", child)
+    before = child.read_bytes()
+    run("commit", "-q", "-d", child)
+    assert child.read_bytes()[MIB:] == before[MIB:]
+    reads(run, image, (8, 3100, 4))
+    p = run("io", "-r", "-c", "read 0 1k", child, status=1)
+    assert "has been changed since" in p.stderr and "rebase -u" in p.stderr
+    run("rebase", "-u", "-b", image.name, "-F", "vhdx", child)
+    reads(run, child, (8, 3100, 4), (5, 3104, 992))
+
+
+def test_the_names_of_a_parent_outlive_a_commit(run, image, child):
+    """Only the GUID in the locator changes: other writers record several paths."""
+    def locator():
+        d = child.read_bytes()
+        at = d.index(uuid.UUID("B04AEFB7-D19E-4A81-B789-25B8E9445913").bytes_le)
+        return bytearray(d[at:at + 512])
+    before = locator()
+    run("io", "-c", "write -q -P 8 3100k 4k", child)
+    run("commit", "-q", child)
+    after = locator()
+    text = ("{%s}" % uuid.UUID(bytes_le=bytes(guid(image)))).encode("utf-16-le")
+    at = after.index(text)
+    after[at:at + 76] = before[at:at + 76]
+    assert after == before
+
+
+def test_parts_of_blocks_are_committed_too(run, image, child):
+    i = Image(child)
+    block = len(i.data)
+    bits = bytearray(MIB)
+    for sector in range(3 * 2048 + 8, 3 * 2048 + 20):
+        bits[sector // 8] |= 1 << sector % 8
+    i.data += b"\x77" * MIB + bits
+    i.put(i.bat(3), "Q", 7 | block)
+    i.put(i.bat(4096), "Q", 6 | block + MIB)
+    i.save()
+    p = run("rebase", "-u", "-b", "", child, status=1)
+    assert "in part" in p.stderr
+    reads(run, child, (0x77, 3076, 6), (5, 3082, 1000))
+    run("commit", "-q", child)
+    for path in image, child:
+        reads(run, path, (5, 3072, 4), (0x77, 3076, 6), (5, 3082, 1013))
+    run("check", child)
+
+
+def test_a_rebase_moves_a_child_to_another_parent(run, image, child, tmp_path):
+    other = tmp_path / ("a longer name that its locator has to make room for" * 3 + ".vhdx")
+    run("create", "-q", "-f", "vhdx", "-o", "block_size=1M", other, "10M")
+    run("io", "-c", "write -q -P 5 3M 1M", "-c", "write -q -P 6 8M 1M", other)
+    run("io", "-c", "write -q -P 8 3100k 4k", child)
+    run("rebase", "-q", "-b", other.name, "-F", "vhdx", child)
+    image.unlink()
+    want = (5, 3072, 28), (8, 3100, 4), (5, 3104, 2016), (0, 5120, 5120)
+    reads(run, child, *want)
+    run("check", child)
+    # And to none at all.
+    run("rebase", "-q", "-b", "", child)
+    other.unlink()
+    reads(run, child, *want)
+    run("check", child)
+    assert linkage(run, child) is None
+
+
+def test_an_image_without_a_parent_gets_one(run, peer, tmp_path):
+    """With blocks of the default size, above what a rebase looks at in one piece."""
+    base, top = tmp_path / "base.vhdx", tmp_path / "top.vhdx"
+    run("create", "-q", "-f", "vhdx", base, "40M")
+    run("io", "-c", "write -q -P 1 1M 20M", base)
+    shutil.copy(base, top)
+    run("io", "-c", "write -q -P 2 9M 1M", "-c", "write -q -P 3 30M 64k", top)
+    run("create", "-q", "-f", "vhdx", "-o", "block_state_zero=off", tmp_path / "thin.vhdx", "40M")
+    run("rebase", "-q", "-b", "base.vhdx", "-F", "vhdx", tmp_path / "thin.vhdx")
+    reads(run, tmp_path / "thin.vhdx", (0, 0, 40960))
+    run("rebase", "-q", "-b", "base.vhdx", "-F", "vhdx", top)
+    for path in top, tmp_path / "thin.vhdx":
+        run("check", path)
+        assert linkage(run, path)
+    want = (0, 0, 1024), (1, 1024, 8192), (2, 9216, 1024), (1, 10240, 11 * 1024), (0, 21504, 9216), (3, 30720, 64)
+    reads(run, top, *want)
+    run("rebase", "-q", "-b", "", top)
+    assert not peer("qemu-io", "-r", "-f", "vhdx", *[x for b, a, n in want for x in ("-c", f"read -q -P {b} {a}k {n}k")],
+                    top).stdout
+
+
+def test_parents_that_cannot_be_recorded_are_refused_and_nothing_changes(run, image, child, tmp_path):
+    run("create", "-q", "-f", "qcow2", tmp_path / "b.qcow2", "10M")
+    fixed = tmp_path / "fixed.vhdx"
+    run("create", "-q", "-f", "vhdx", "-o", "subformat=fixed", fixed, "10M")
+    before = child.read_bytes(), fixed.read_bytes()
+    assert "not 'qcow2'" in run("rebase", "-u", "-b", "b.qcow2", "-F", "qcow2", child, status=1).stderr
+    assert "fixed image" in run("rebase", "-u", "-b", "a.vhdx", "-F", "vhdx", fixed, status=1).stderr
+    run("rebase", "-u", "-b", "missing.vhdx", "-F", "vhdx", child, status=1)
+    assert (child.read_bytes(), fixed.read_bytes()) == before

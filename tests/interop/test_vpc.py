@@ -326,3 +326,22 @@ def test_a_differencing_image_has_the_size_of_its_parent(run, tmp_path):
         assert words in p.stderr
     run("create", "-q", "-f", "raw", tmp_path / "r", "20M")
     assert "not 'raw'" in run("create", "-q", "-f", "vpc", "-b", "r", "-F", "raw", tmp_path / "c.vhd", status=1).stderr
+
+
+def test_a_commit_empties_a_differencing_image(run, image, tmp_path):
+    child = tmp_path / "child.vhd"
+    run("create", "-q", "-f", "vpc", "-b", image.name, "-F", "vpc", child)
+    run("io", "-c", "write -q -P 7 4M 700", "-c", "write -q -P 8 9M 1M", "-c", "write -q -z 3M 64k", child)
+    size = child.stat().st_size
+    run("commit", "-q", child)
+    script = ["-c", "read -q -P 7 4M 700", "-c", "read -q -P 5 4097k 1023k", "-c", "read -q -P 8 9M 1M",
+              "-c", "read -q -P 0 3M 64k", "-c", "read -q -P 5 3200k 512k"]
+    for path in image, child:
+        run("io", "-r", *script, path)
+        run("check", path)
+    assert child.stat().st_size < min(size, 64 * 1024)
+    assert child.read_bytes()[-512:] == child.read_bytes()[:512]
+    assert '"depth": 0' not in run("map", "--output=json", child).stdout
+    run("io", "-c", "write -q -P 3 3M 1k", child)
+    run("commit", "-q", child)
+    run("io", "-r", "-c", "read -q -P 3 3M 1k", "-c", "read -q -P 7 4M 700", image)

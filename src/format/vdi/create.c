@@ -89,6 +89,23 @@ static int make_header(const struct vdi_create_opts *o, const struct layout *l, 
     return 0;
 }
 
+int vdi_parent_into_co(const char *image, const char *name, uint8_t *header, struct err *e) {
+    AUTO_FREE char *resolved = backing_resolve(image, name, e);
+    if (!resolved)
+        return -EINVAL;
+    struct open_req req = {
+        .name = resolved, .format = "vdi", .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
+    struct node *parent;
+    int r = node_open_co(&req, &parent, e);
+    if (r < 0)
+        return err_prefix(e, "the parent of a differencing image");
+    memcpy(header + VDI_AT_UUID_PARENT, vdi_of(parent)->h.uuid, 16);
+    memcpy(header + VDI_AT_UUID_PARENT_MODIFIED, vdi_of(parent)->h.uuid_modified, 16);
+    le32_store(header + VDI_AT_TYPE, VDI_DIFF);
+    node_unref_co(parent);
+    return 0;
+}
+
 /* Names the parent, as it is now, in the header. */
 static int name_parent_co(const struct vdi_create_opts *o, const char *image, uint8_t *buf,
                           struct err *e) {
@@ -100,25 +117,11 @@ static int name_parent_co(const struct vdi_create_opts *o, const char *image, ui
         return err_set(e, ENOTSUP,
                        "the parent of a VDI image is a VDI image (it is named by its UUID), not %s",
                        o->backing_fmt);
-    AUTO_FREE char *resolved = backing_resolve(image, o->backing_file, e);
-    if (!resolved)
-        return -EINVAL;
-    struct open_req req = {
-        .name = resolved, .format = "vdi", .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
-    struct node *parent;
-    int r = node_open_co(&req, &parent, e);
-    if (r < 0)
-        return err_prefix(e, "the parent of a differencing image");
-    memcpy(buf + VDI_AT_UUID_PARENT, vdi_of(parent)->h.uuid, 16);
-    memcpy(buf + VDI_AT_UUID_PARENT_MODIFIED, vdi_of(parent)->h.uuid_modified, 16);
-    le32_store(buf + VDI_AT_TYPE, VDI_DIFF);
-    node_unref_co(parent);
-    return 0;
+    return vdi_parent_into_co(image, o->backing_file, buf, e);
 }
 
-/* Entries [from, to) of the map at `offset`: all free, or each its own block. */
-static int write_map_co(struct node *file, uint64_t offset, uint32_t from, uint32_t to,
-                        bool identity) {
+int vdi_map_write_co(struct node *file, uint64_t offset, uint32_t from, uint32_t to,
+                     bool identity) {
     uint8_t *buf = buf_get(MAP_PIECE);
     int r = buf ? 0 : -ENOMEM;
     while (!r && from < to) {
@@ -149,7 +152,7 @@ int vdi_create_co(struct node *file, const void *create_opts, struct create_ctx 
     r = disk_resize_co(file, l.data_offset + data, prealloc, e);
     if (r)
         return r;
-    r = write_map_co(file, VDI_HEADER_BYTES, 0, l.blocks, is_fixed(o));
+    r = vdi_map_write_co(file, VDI_HEADER_BYTES, 0, l.blocks, is_fixed(o));
     if (!r)
         r = disk_pwrite_co(file, 0, header, sizeof(header));
     return r ? err_errno(e, -r, "writing the header and the map") : 0;
@@ -189,7 +192,7 @@ int vdi_reach_co(struct node *n, uint64_t size, struct err *e) {
         return 0;
     int r = vdi_flush_co(n);
     if (!r)
-        r = write_map_co(s->file, s->h.map_offset, s->h.blocks, (uint32_t)blocks, false);
+        r = vdi_map_write_co(s->file, s->h.map_offset, s->h.blocks, (uint32_t)blocks, false);
     if (r)
         return err_errno(e, -r, "writing the map");
     /* The last page of the map was shorter. */

@@ -143,6 +143,15 @@ int vdi_measure(const void *create_opts, const struct measure_in *in, struct mea
 int vdi_reach_co(struct node *n, uint64_t size, struct err *e);
 int vdi_resize_co(struct node *n, uint64_t size, int prealloc, struct err *e);
 
+/* The header names that parent, as it is now. */
+int vdi_parent_into_co(const char *image, const char *name, uint8_t *header, struct err *e);
+/* Entries [from, to) of the map at `offset`: all free, or each its own block. */
+int vdi_map_write_co(struct node *file, uint64_t offset, uint32_t from, uint32_t to, bool identity);
+
+/* ---- relink.c ---- */
+int vdi_set_backing_co(struct node *n, const char *name, const char *format, struct err *e);
+int vdi_empty_co(struct node *n, struct err *e);
+
 /* ---- check.c ---- */
 int vdi_check_co(struct node *n, struct check_result *r, struct err *e);
 

@@ -299,6 +299,42 @@ static void store_item(uint8_t *buf, enum vhdx_item which, uint32_t offset, uint
     le16_store(buf + 10, (uint16_t)(count + 1));
 }
 
+int vhdx_items_place_locator(uint8_t *buf, uint64_t length, uint32_t bytes, struct vhdx_range *at) {
+    uint32_t count = (uint32_t)min_u64(le16_load(buf + 10), VHDX_ENTRIES_MAX);
+    uint64_t end = VHDX_METADATA_TABLE_BYTES, place = 0;
+    uint8_t *own = NULL;
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *p = buf + (i + 1) * ITEM_ENTRY;
+        if (!(le32_load(p + 24) & 1) && !memcmp(p, vhdx_item_guid[VHDX_ITEM_LOCATOR].b, 16))
+            own = p;
+        else if (le32_load(p + 20))
+            end = max_u64(end, (uint64_t)le32_load(p + 16) + le32_load(p + 20));
+    }
+    *at = (struct vhdx_range){0, bytes};
+    if (own) {
+        place = le32_load(own + 16);
+        uint8_t *last = buf + count * ITEM_ENTRY;
+        memmove(own, last, ITEM_ENTRY);
+        memset(last, 0, ITEM_ENTRY);
+        le16_store(buf + 10, (uint16_t)--count);
+    }
+    if (!bytes)
+        return 0;
+    bool fits = place >= VHDX_METADATA_TABLE_BYTES && place + bytes <= length;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint8_t *p = buf + (i + 1) * ITEM_ENTRY;
+        fits &= !le32_load(p + 20) ||
+                !ranges_overlap(place, bytes, le32_load(p + 16), le32_load(p + 20));
+    }
+    if (!fits)
+        place = end;
+    if (place + bytes > length || count == VHDX_ENTRIES_MAX)
+        return -ENOSPC;
+    at->offset = place;
+    store_item(buf, VHDX_ITEM_LOCATOR, (uint32_t)place, bytes);
+    return 0;
+}
+
 void vhdx_metadata_store(const struct vhdx_metadata *m, const uint8_t *locator,
                          uint32_t locator_bytes, uint8_t *buf) {
     uint32_t at = VHDX_METADATA_TABLE_BYTES;

@@ -23,9 +23,8 @@
 enum { LOCATOR_HEADER = 20, LOCATOR_ENTRY = 12 };
 #define LOCATOR_PARTS_MAX 256u
 
-/* The value of `key`, appended to `out`; false: there is none. */
-static bool find_value(const uint8_t *buf, uint32_t length, const char *key, bool path,
-                       struct strbuf *out) {
+bool vhdx_locator_value(const uint8_t *buf, uint32_t length, const char *key, uint32_t *at,
+                        uint32_t *bytes) {
     uint32_t count = (uint32_t)min_u64(le16_load(buf + 18), LOCATOR_PARTS_MAX);
     for (uint32_t i = 0; i < count && LOCATOR_HEADER + (i + 1) * LOCATOR_ENTRY <= length; i++) {
         const uint8_t *p = buf + LOCATOR_HEADER + i * LOCATOR_ENTRY;
@@ -37,15 +36,30 @@ static bool find_value(const uint8_t *buf, uint32_t length, const char *key, boo
             continue;
         if (!utf16_to_utf8(buf + key_at, key_length, false, &name) || strcmp(name.s, key))
             continue;
-        return path ? utf16_to_path(buf + value_at, value_length, false, out)
-                    : utf16_to_utf8(buf + value_at, value_length, false, out);
+        *at = value_at;
+        *bytes = value_length;
+        return true;
     }
     return false;
+}
+
+/* The value of `key`, appended to `out`; false: there is none. */
+static bool find_value(const uint8_t *buf, uint32_t length, const char *key, bool path,
+                       struct strbuf *out) {
+    uint32_t at, bytes;
+    if (!vhdx_locator_value(buf, length, key, &at, &bytes))
+        return false;
+    return path ? utf16_to_path(buf + at, bytes, false, out)
+                : utf16_to_utf8(buf + at, bytes, false, out);
 }
 
 static bool find_guid(const uint8_t *buf, uint32_t length, const char *key, struct vhdx_guid *g) {
     AUTO_STRBUF struct strbuf text = STRBUF_INIT;
     return find_value(buf, length, key, false, &text) && vhdx_guid_parse(text.s, g);
+}
+
+bool vhdx_locator_linkage(const uint8_t *buf, uint32_t length, struct vhdx_guid *g) {
+    return find_guid(buf, length, "parent_linkage", g);
 }
 
 /* A name that can mean a file here; false: none of the paths can. */
@@ -116,6 +130,8 @@ int vhdx_open_parent_co(struct vhdx *s, struct open_ctx *ctx, struct err *e) {
                     "'%s' has data GUID %s, the parent had %s: it is another image, or has been "
                     "changed since",
                     n->backing->filename, other, id);
+            err_hint(e, "if it is the right one after all, as after a commit that was interrupted: "
+                        "strata rebase -u -b PARENT -F vhdx IMAGE");
             return -EINVAL;
         }
     }

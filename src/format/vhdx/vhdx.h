@@ -145,6 +145,11 @@ void vhdx_regions_move_bat(uint8_t *buf, const struct vhdx_range *bat);
 /* `buf`: the table; items relative to the region, which has `length` bytes. */
 int vhdx_items_parse(const uint8_t *buf, uint64_t length, struct vhdx_range items[VHDX_ITEMS],
                      struct err *e);
+/*
+ * The table names a parent locator of `bytes` in the region of `length`, where the old one is or
+ * behind all items; 0: no longer any.  -ENOSPC.
+ */
+int vhdx_items_place_locator(uint8_t *buf, uint64_t length, uint32_t bytes, struct vhdx_range *at);
 /* The table and the items behind it, for an image with parameters `m`: 128 KiB. */
 void vhdx_metadata_store(const struct vhdx_metadata *m, const uint8_t *locator,
                          uint32_t locator_bytes, uint8_t *buf);
@@ -278,6 +283,15 @@ int vhdx_open_parent_co(struct vhdx *s, struct open_ctx *ctx, struct err *e);
 /* The locator of a new image; `buf` has 64 KiB.  The bytes used, or -errno. */
 int vhdx_locator_make_co(const char *image, const char *name, uint8_t *buf, uint32_t *bytes,
                          struct err *e);
+
+/* Where the value of `key` lies in a locator; false: there is none. */
+bool vhdx_locator_value(const uint8_t *buf, uint32_t length, const char *key, uint32_t *at,
+                        uint32_t *bytes);
+bool vhdx_locator_linkage(const uint8_t *buf, uint32_t length, struct vhdx_guid *g);
+
+/* ---- relink.c ---- */
+int vhdx_set_backing_co(struct node *n, const char *name, const char *format, struct err *e);
+int vhdx_empty_co(struct node *n, struct err *e);
 
 /* ---- check.c ---- */
 int vhdx_check_co(struct node *n, struct check_result *r, struct err *e);

@@ -445,3 +445,36 @@ int vpc_flush_co(struct node *n) {
     task_mutex_unlock(&s->flush_lock);
     return r;
 }
+
+/* ---------------------------------------------------------------- after a commit */
+
+/*
+ * All that was here is in the parent by now: the table names nothing any more, stably, and then the
+ * footer comes nearer.  A cut in between leaves an image that reads the same.  The parent keeps its
+ * UUID when it is written to.
+ */
+int vpc_empty_co(struct node *n, struct err *e) {
+    struct vpc *s = vpc_of(n);
+    if (s->fixed)
+        return err_set(e, ENOTSUP, "a fixed image cannot be emptied");
+    uint32_t blocks = (uint32_t)div_up(n->size, s->h.block_size), to;
+    int r = vpc_flush_co(n);
+    for (uint32_t from = 0; !r && from < blocks; from = to) {
+        to = (uint32_t)min_u64(blocks, from + UINT64_C(65536));
+        if (pages_crowded(&s->pages))
+            r = vpc_flush_co(n);
+        if (!r)
+            r = vpc_forget_blocks_co(s, from, to);
+    }
+    if (!r)
+        r = vpc_flush_co(n);
+    if (!r)
+        r = pages_forget_all(&s->pages);
+    if (!r) {
+        memset(s->full, 0, (s->h.entries / 64 + 1) * sizeof(uint64_t));
+        r = vpc_scan_co(s);
+    }
+    if (!r)
+        r = vpc_flush_co(n); /* writes the footer */
+    return r < 0 ? err_errno(e, -r, "clearing the block allocation table") : 0;
+}

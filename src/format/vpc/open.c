@@ -263,6 +263,7 @@ static const struct format_ops vpc_format = {
     .reach_co = vpc_reach_co,
     .resize_co = vpc_resize_co,
     .flush_co = vpc_flush_co,
+    .empty_co = vpc_empty_co,
     .check_co = vpc_check_co,
     .describe = vpc_describe,
     .measure = vpc_measure,

@@ -144,6 +144,7 @@ int vpc_publish_co(struct node *n, const struct placement *p);
 void vpc_abandon(struct node *n, const struct placement *p);
 int vpc_set_zero_co(struct node *n, uint64_t offset, uint64_t length, unsigned zero_flags);
 int vpc_flush_co(struct node *n);
+int vpc_empty_co(struct node *n, struct err *e);
 /* Finds the end of the blocks; before anything is appended. */
 int vpc_scan_co(struct vpc *s);
 /* Entries [from, to) become unused. */
