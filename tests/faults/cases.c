@@ -170,14 +170,16 @@ static int case_compare(struct trial *t) {
     return r;
 }
 
-static int convert(struct trial *t, const char *to, const char *format, bool compress) {
+/* `subformat` may be NULL. */
+static int convert(struct trial *t, const char *to, const char *format, const char *subformat,
+                   bool compress) {
     struct copy_opts opts = {.target_is_zero = true, .sparse_bytes = 4096, .compress = compress};
     struct create_ctx ctx = {.name = path(t, to), .flags = CREATE_UNNAMED};
     struct open_req req = {.flags = OPEN_RW | OPEN_UNMAP};
     struct node *file = NULL, *dst = NULL;
     WITH(t, src, "top.qcow2", 0);
     fault_exempt(true);
-    json_t *options = json_pack("{s:i}", "size", (int)SIZE);
+    json_t *options = json_pack("{s:i, s:s*}", "size", (int)SIZE, "subformat", subformat);
     fault_exempt(false);
     const struct driver *drv = driver_find(format);
     r = storage_create_co(&ctx, &file, &t->e);
@@ -197,19 +199,30 @@ static int convert(struct trial *t, const char *to, const char *format, bool com
 }
 
 static int case_convert(struct trial *t) {
-    return convert(t, "made.qcow2", "qcow2", false);
+    return convert(t, "made.qcow2", "qcow2", NULL, false);
 }
 static int case_convert_coded(struct trial *t) {
-    return convert(t, "made.qcow2", "qcow2", true);
+    return convert(t, "made.qcow2", "qcow2", NULL, true);
 }
 static int case_convert_raw(struct trial *t) {
-    return convert(t, "made.img", "raw", false);
+    return convert(t, "made.img", "raw", NULL, false);
 }
 static int case_convert_vdi(struct trial *t) {
-    return convert(t, "made.vdi", "vdi", false);
+    return convert(t, "made.vdi", "vdi", NULL, false);
 }
 static int case_convert_qed(struct trial *t) {
-    return convert(t, "made.qed", "qed", false);
+    return convert(t, "made.qed", "qed", NULL, false);
+}
+
+static int case_convert_vhdx(struct trial *t) {
+    return convert(t, "made.vhdx", "vhdx", NULL, false);
+}
+static int case_convert_vmdk(struct trial *t) {
+    return convert(t, "made.vmdk", "vmdk", NULL, false);
+}
+/* Written once: markers, tables behind the grains, the footer. */
+static int case_convert_stream(struct trial *t) {
+    return convert(t, "made.vmdk", "vmdk", "streamOptimized", true);
 }
 
 static int case_create(struct trial *t) {
@@ -459,6 +472,36 @@ static int case_parallels(struct trial *t) {
 static int case_vpc(struct trial *t) {
     return small_format(t, "small.vpc");
 }
+/* Changes of its tables pass a log. */
+static int case_vhdx(struct trial *t) {
+    return small_format(t, "small.vhdx");
+}
+static int case_vmdk(struct trial *t) {
+    return small_format(t, "small.vmdk");
+}
+
+/* Another parent with the same content, then nothing of its own, as after a commit. */
+static int relink(struct trial *t, const char *name, const char *parent) {
+    WITH(t, n, name, OPEN_RW);
+    r = rebase_switch_co(n, parent, strrchr(parent, '.') + 1, &t->e);
+    node_unref_co(n);
+    if (!r)
+        r = open_co(t, name, OPEN_RW, &n);
+    if (r < 0)
+        return r;
+    r = commit_empty_co(n, &t->e);
+    r = r ? r : read_co(t, n);
+    r = r ? r : write_co(t, n, 77, 20);
+    r = r ? r : flush_co(t, n);
+    node_unref_co(n);
+    return r;
+}
+static int case_link_vdi(struct trial *t) {
+    return relink(t, "link.vdi", "pb.vdi");
+}
+static int case_link_vhdx(struct trial *t) {
+    return relink(t, "link.vhdx", "pb.vhdx");
+}
 
 const struct fault_case fault_cases[] = {
     {"open", "top.qcow2", NULL, case_open},
@@ -478,6 +521,9 @@ const struct fault_case fault_cases[] = {
     {"convert-raw", "top.qcow2", "made.img", case_convert_raw},
     {"convert-vdi", "top.qcow2", "made.vdi", case_convert_vdi},
     {"convert-qed", "top.qcow2", "made.qed", case_convert_qed},
+    {"convert-vhdx", "top.qcow2", "made.vhdx", case_convert_vhdx},
+    {"convert-vmdk", "top.qcow2", "made.vmdk", case_convert_vmdk},
+    {"convert-stream", "top.qcow2", "made.vmdk", case_convert_stream},
     {"create", NULL, "made.qcow2", case_create},
     {"create-full", NULL, "made.qcow2", case_create_full},
     {"create-raw", NULL, "made.img", case_create_raw},
@@ -495,5 +541,9 @@ const struct fault_case fault_cases[] = {
     {"qcow", "small.qcow", NULL, case_qcow},
     {"parallels", "small.parallels", NULL, case_parallels},
     {"vpc", "small.vpc", NULL, case_vpc},
+    {"vhdx", "small.vhdx", NULL, case_vhdx},
+    {"vmdk", "small.vmdk", NULL, case_vmdk},
+    {"link-vdi", "link.vdi", NULL, case_link_vdi},
+    {"link-vhdx", "link.vhdx", NULL, case_link_vhdx},
     {0},
 };

@@ -22,14 +22,15 @@
 #define BLOCK 512u
 #define SIZE (256 * KIB)
 #define BLOCKS (SIZE / BLOCK)
-#define FILES 16
+#define FILES 24
+#define LINK_ID 401u /* of the first 64 blocks of link.* and its parents */
 #define STEP_ALL 250 /* up to here each n is tried, then every seventh */
 
 struct file {
     const char *name;
     uint8_t *bytes;
     size_t size;
-    bool apart; /* there only for the case that is about it */
+    bool apart; /* there only for cases about an image of that format */
 };
 
 struct trial {

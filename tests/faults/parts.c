@@ -127,7 +127,7 @@ static struct file *load(struct trial *t, const char *name) {
 static void make_filled_co(struct trial *t, const char *name, const char *options, uint32_t id) {
     struct node *n;
     static uint8_t buf[SIZE];
-    const char *format = strstr(name, ".img") ? "raw" : "qcow2";
+    const char *format = strstr(name, ".img") ? "raw" : strrchr(name, '.') + 1;
     must(create_co(t, name, format, options), &t->e, name);
     must(open_co(t, name, OPEN_RW, &n), &t->e, name);
     for (uint64_t b = 0; b < n->size / BLOCK; b++)
@@ -135,6 +135,20 @@ static void make_filled_co(struct trial *t, const char *name, const char *option
     must(disk_pwrite_co(n, 0, buf, n->size), NULL, name);
     must(disk_flush_co(n), NULL, name);
     node_unref_co(n);
+}
+
+/* A child and two parents, all with the same content, as a commit leaves a child and its parent. */
+static void make_link_co(struct trial *t, const char *format, const char *options) {
+    static const char *const stems[] = {"pa", "pb", "link"};
+    for (int i = 0; i < 3; i++) {
+        char *name = xasprintf("%s.%s", stems[i], format); /* the seed keeps it */
+        char *text =
+            i < 2 ? xstrdup(options)
+                  : xasprintf("%s,backing_file=pa.%s,backing_fmt=%s", options, format, format);
+        make_filled_co(t, name, text, LINK_ID);
+        load(t, name)->apart = true;
+        free(text);
+    }
 }
 
 /* Half of the first refcount block is lost. */
@@ -186,10 +200,14 @@ void seeds_co(struct trial *t) {
                                              {"qed", "cluster_size=4k,table_size=1"},
                                              {"qcow", ""},
                                              {"parallels", "cluster_size=4k"},
-                                             {"vpc", "force_size=on"}};
+                                             {"vpc", "force_size=on"},
+                                             {"vhdx", "block_size=1M"},
+                                             {"vmdk", "zeroed_grain=on"}};
     for (size_t i = 0; i < sizeof(formats) / sizeof(formats[0]); i++) {
         char *name = xasprintf("small.%s", formats[i][0]); /* the seed keeps it */
         must(create_co(t, name, formats[i][0], formats[i][1]), &t->e, name);
         load(t, name)->apart = true;
     }
+    make_link_co(t, "vdi", "block_size=4k");
+    make_link_co(t, "vhdx", "block_size=1M");
 }
