@@ -17,6 +17,7 @@
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
+#include "job/fat_commit.h"
 
 /* Length of the export name in front of "=", or SIZE_MAX: it is a file alone. */
 static size_t name_length(const struct serve *s, const char *arg) {
@@ -67,6 +68,9 @@ static int cut_offset_co(struct serve *s, struct serve_disk *d) {
 
 static int check_guessed(struct serve *s, const struct serve_disk *d, unsigned flags) {
     struct err *e = &s->ctx->err;
+    /* What lies in a directory was never taken from a guest's first bytes. */
+    if (s->a->commit && fat_commit_is_for(d->d.node))
+        return fat_commit_check(d->d.node, e);
     if (dialect_is_qemu() || !(d->d.node->flags & NODE_GUESSED) ||
         !((flags & OPEN_RW) || s->a->commit))
         return 0;
@@ -99,7 +103,7 @@ static int open_disk_co(struct serve *s, struct serve_disk *d) {
         return rc;
     if (a->load_snapshot)
         d->d.no_commit = d->d.no_keep = "the base is an internal snapshot";
-    else if (d->d.node->flags & NODE_GUESSED)
+    else if (d->d.node->flags & NODE_GUESSED && !fat_commit_is_for(d->d.node))
         d->d.no_commit = "the format of the base was guessed; serve it with -f raw if it is raw";
     d->d.scratch = (struct overlay_opts){a->scratch, a->scratch_size};
     return control_disk_snapshot_co(&d->d, &s->ctx->err);

@@ -35,6 +35,7 @@
 #include "export/fuse/export.h"
 #include "export/loopdev.h"
 #include "job/copy.h"
+#include "job/fat_commit.h"
 #include "job/partition.h"
 #include "runtime/loop.h"
 #include "runtime/task.h"
@@ -150,7 +151,10 @@ static int open_image_co(struct session *s) {
     int rc = cli_open_co(s->ctx, s->image, &a->image, flags, &s->node);
     if (rc < 0)
         return rc;
-    if ((s->node->flags & NODE_GUESSED) && (a->write || a->commit)) {
+    bool directory = a->commit && fat_commit_is_for(s->node);
+    if (directory && (rc = fat_commit_check(s->node, e)) < 0)
+        return rc;
+    if ((s->node->flags & NODE_GUESSED) && (a->write || a->commit) && !directory) {
         err_set(e, EINVAL, "%s: no format was given and none was recognised", s->image);
         err_hint(e, "give -f raw if it is a raw image");
         return -EINVAL;
@@ -210,7 +214,8 @@ static int finish_image_co(struct session *s) {
     struct err *e = &s->ctx->err;
     if (s->a->commit) {
         struct copy_opts o = {0};
-        int rc = commit_run_co(s->node, &o, e);
+        int rc = fat_commit_is_for(s->node->backing) ? fat_commit_co(s->node, s->node->backing, e)
+                                                     : commit_run_co(s->node, &o, e);
         return rc < 0 ? err_prefix(e, "commit") : 0;
     }
     return s->a->keep ? overlay_keep_co(s->node, s->a->keep, false, e) : 0;

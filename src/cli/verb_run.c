@@ -39,6 +39,7 @@
 #include "export/nbd/server.h"
 #include "export/vhost/server.h"
 #include "job/copy.h"
+#include "job/fat_commit.h"
 #include "runtime/loop.h"
 #include "vm/vm.h"
 
@@ -222,6 +223,9 @@ static int open_disk_co(struct run *r, const char *name, bool cdrom) {
         image = (struct cli_image){.format = "raw", .cache = a->image.cache};
     ret = cli_open_co(ctx, name, &image, flags, &d->d.node);
     if (ret < 0)
+        return ret;
+    if (a->commit && !cdrom && fat_commit_is_for(d->d.node) &&
+        (ret = fat_commit_check(d->d.node, &ctx->err)) < 0)
         return ret;
     if (a->snapshot && !cdrom) {
         d->d.scratch = (struct overlay_opts){a->scratch, a->scratch_size};
@@ -444,7 +448,8 @@ static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err 
         int ret = control_disk_finish_commit_co(&d->d, e);
         if (ret < 0) {
             ret = err_prefix(e, "committing to %s", name);
-            rescue_co(r, d);
+            if (!fat_commit_is_for(d->d.base)) /* which saves the disk itself */
+                rescue_co(r, d);
             return ret;
         }
         if (!a->quiet)

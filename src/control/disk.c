@@ -35,6 +35,7 @@
 #include "disk/open.h"
 #include "export/export.h"
 #include "job/copy.h"
+#include "job/fat_commit.h"
 
 static void pause_co(struct control_disk *d) {
     if (d->export)
@@ -161,7 +162,8 @@ int control_disk_finish_commit_co(struct control_disk *d, struct err *e) {
     struct copy_opts o = {.sparse_bytes = 4096};
     int r = check_commit(d, e);
     if (r == 0)
-        r = commit_into_co(d->node, d->base, &o, e);
+        r = fat_commit_is_for(d->base) ? fat_commit_co(d->node, d->base, e)
+                                       : commit_into_co(d->node, d->base, &o, e);
     if (r == 0 && d->journal)
         unlink(d->journal);
     return r < 0 ? err_prefix(e, "commit") : 0;

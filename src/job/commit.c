@@ -20,6 +20,7 @@
 #include "base/plant.h"
 #include "disk/io.h"
 #include "disk/node.h"
+#include "job/fat_commit.h"
 
 /*
  * The first run in [*pos, end) that no layer holds, in *pos and *length, which is 0 for none.  The
@@ -130,6 +131,12 @@ int commit_into_co(struct node *overlay, struct node *base, const struct copy_op
     if (!layers_above(overlay, base))
         return err_set(e, EINVAL, "%s is not below %s", base->filename, overlay->filename);
 
+    if (fat_commit_is_for(base)) {
+        err_set(e, ENOTSUP, "%s: a directory takes changes only at the end of what wrote them",
+                base->filename);
+        err_hint(e, "serve, mount or run with --snapshot --commit-on-exit");
+        return -ENOTSUP;
+    }
     bool was_rw = node_is_rw(base);
     if (!was_rw) {
         int r = node_reopen_co(base, true, e);

@@ -10,7 +10,8 @@
  * The tree is as it was at open.  A file that grew is cut at its size then, one that shrank reads
  * as zeros behind its end, and one that is gone or another one now gives EIO.
  *
- * Read only.  A guest that wants to write gets a throw-away overlay on top.
+ * Read only.  A guest that wants to write gets a throw-away overlay on top, which job/fat_commit.h
+ * can write back into the directory when the disk was named with rw.
  *
  * Context: tasks of the node's loop; names are opened on worker threads.
  */
@@ -30,6 +31,8 @@
 #include "disk/open.h"
 #include "runtime/loop.h"
 #include "storage/fat.h"
+
+extern const struct driver driver_vvfat;
 
 #define POOL 64
 #define MADE_BYTES (64 * KIB) /* made at once */
@@ -70,6 +73,18 @@ static int scan_job(void *arg) {
     return fat_scan(j->opts->dir, label, j->tree, j->e);
 }
 
+static int refuse_writing(const struct node *n, struct err *e) {
+    const struct fat_opts *o = n->opts;
+    if (o->rw) {
+        err_set(e, EROFS, "a directory shown as a disk takes writes only in a temporary snapshot");
+        err_hint(e, "--snapshot; with --commit-on-exit they are written back at the end");
+    } else {
+        err_set(e, EROFS, "a directory shown as a disk can only be read");
+        err_hint(e, "open it read-only, or let writes go to a temporary snapshot");
+    }
+    return -EROFS;
+}
+
 static int check_opts(const struct node *n, struct err *e) {
     const struct fat_opts *o = n->opts;
     uint64_t type = o->fat_type;
@@ -81,14 +96,7 @@ static int check_opts(const struct node *n, struct err *e) {
         return err_set(e, EINVAL,
                        "label '%s' is not up to %d signs of those that FAT labels can have",
                        o->label, FAT_SHORT);
-    if (o->rw && node_is_rw(n))
-        return err_set(e, ENOTSUP, "writing back to a directory (rw) is not supported");
-    if (node_is_rw(n)) {
-        err_set(e, EROFS, "a directory shown as a disk can only be read");
-        err_hint(e, "open it read-only, or let writes go to a temporary snapshot");
-        return -EROFS;
-    }
-    return 0;
+    return node_is_rw(n) ? refuse_writing(n, e) : 0;
 }
 
 static int fat_open_co(struct node *n, struct open_ctx *ctx, struct err *e) {
@@ -375,8 +383,27 @@ static json_t *fat_describe(struct node *n) {
 }
 
 static int fat_reopen_co(struct node *n, unsigned new_flags, struct err *e) {
-    return new_flags & NODE_RW ? err_set(e, EROFS, "a directory shown as a disk can only be read")
-                               : 0;
+    return new_flags & NODE_RW ? refuse_writing(n, e) : 0;
+}
+
+bool fat_node_is(const struct node *n) {
+    return n->drv == &driver_vvfat;
+}
+const struct fat_tree *fat_node_tree(const struct node *n) {
+    const struct fat_state *s = n->state;
+    return &s->tree;
+}
+const struct fat_layout *fat_node_layout(const struct node *n) {
+    const struct fat_state *s = n->state;
+    return &s->layout;
+}
+const char *fat_node_dir(const struct node *n) {
+    const struct fat_opts *o = n->opts;
+    return o->dir;
+}
+bool fat_node_rw(const struct node *n) {
+    const struct fat_opts *o = n->opts;
+    return o->rw;
 }
 
 /* ---- names ---- */
@@ -397,7 +424,8 @@ static int fat_parse_name(const char *name, json_t *tree, struct err *e) {
         p = strchr(p, ':') + 1;
     }
     if (!*p)
-        return err_set(e, EINVAL, "'%s' names no directory: fat:[floppy:][12:|16:|32:]DIR", name);
+        return err_set(e, EINVAL, "'%s' names no directory: fat:[floppy:][rw:][12:|16:|32:]DIR",
+                       name);
     return json_object_set_new(tree, "dir", json_string_nocheck(p))
                ? err_set(e, ENOMEM, "out of memory")
                : 0;
@@ -410,7 +438,8 @@ static const struct opt fat_open_opts[] = {
     OPT_BOOL(struct fat_opts, floppy, "floppy", OPT_OPEN, false, "a floppy disk, not a hard disk"),
     OPT_STR(struct fat_opts, label, "label", OPT_OPEN,
             "name of the volume, up to 11 signs; default: QEMU VVFAT"),
-    OPT_BOOL(struct fat_opts, rw, "rw", OPT_OPEN, false, "as if not given: writing is refused"),
+    OPT_BOOL(struct fat_opts, rw, "rw", OPT_OPEN, false,
+             "what a temporary snapshot holds may be written back into the directory"),
     OPT_END,
 };
 

@@ -33,21 +33,26 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <time.h>
 
 struct err;
+struct node;
 
 #define FAT_SECTOR 512u
 #define FAT_SLOT 32u            /* bytes of a directory slot */
 #define FAT_SLOTS_MAX 65535u    /* of one directory: readers stop at 2 MiB */
 #define FAT_UNITS_MAX 255       /* UTF-16 units of a long name */
-#define FAT_ENTRIES_MAX 1000000 /* about 100 bytes each */
+#define FAT_ENTRIES_MAX 1000000 /* about 120 bytes each */
 #define FAT_DEPTH_MAX 256
 #define FAT_SHORT 11
+/* Files that a commit to the directory is making (job/fat_commit.h): never shown. */
+#define FAT_TEMP_PREFIX ".strata-commit-"
 
 struct fat_entry {
     char *name; /* owned; the root's is "" */
     uint64_t ino;
     dev_t dev;
+    struct timespec mtime; /* as scanned */
     uint32_t parent, first_child, children;
     uint32_t size; /* bytes: of a file as scanned, of a directory its slots */
     uint32_t cluster, clusters;
@@ -98,6 +103,11 @@ int fat_utf16(const char *name, uint16_t *out);
 int fat_name_children(struct fat_tree *t, uint32_t dir, struct err *e);
 uint8_t fat_short_sum(const uint8_t *short_name);
 bool fat_label_is_valid(const char *label);
+/* "A.TXT": a short name as a user would write it. */
+void fat_short_text(const uint8_t *short_name, char out[FAT_SHORT + 2]);
+/* Upper case of the scripts that have one, near enough to find neighbours that a reader would take
+ * for one name. */
+uint16_t fat_fold(uint16_t c);
 
 /* ---- fat_layout.c ---- */
 /* Chooses the geometry for the tree and gives everybody clusters.  `type` 0: what fits. */
@@ -112,5 +122,13 @@ void fat_head_bytes(const struct fat_tree *t, const struct fat_layout *l, uint64
 /* [offset, +length) of a directory in clusters, zeros behind its end. */
 void fat_dir_bytes(const struct fat_tree *t, const struct fat_layout *l, uint32_t dir,
                    uint64_t offset, uint8_t *out, size_t length);
+
+/* ---- fat.c: for the job that writes a guest's changes back (job/fat_commit.h) ---- */
+bool fat_node_is(const struct node *n);
+const struct fat_tree *fat_node_tree(const struct node *n);
+const struct fat_layout *fat_node_layout(const struct node *n);
+const char *fat_node_dir(const struct node *n);
+/* Named with rw: changes may be written back. */
+bool fat_node_rw(const struct node *n);
 
 #endif

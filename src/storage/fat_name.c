@@ -171,9 +171,7 @@ static struct name_slot *find_name(struct name_table *n, const uint8_t *name) {
     }
 }
 
-/* Upper case of the scripts that have one, near enough to find neighbours that a reader would take
- * for one name. */
-static uint16_t fold(uint16_t c) {
+uint16_t fat_fold(uint16_t c) {
     if ((c >= 'a' && c <= 'z') || (c >= 0xe0 && c <= 0xfe && c != 0xf7) ||
         (c >= 0x3b1 && c <= 0x3c9 && c != 0x3c2) || (c >= 0x430 && c <= 0x44f))
         return (uint16_t)(c - 0x20);
@@ -189,7 +187,7 @@ static uint16_t fold(uint16_t c) {
 static bool claim_folded(struct name_table *n, const uint16_t *units, int count) {
     uint64_t h = 2;
     for (int i = 0; i < count; i++)
-        h = mix(h, fold(units[i]));
+        h = mix(h, fat_fold(units[i]));
     h |= 1;
     for (uint64_t at = h;; at++) {
         uint64_t *s = &n->folded[(at >> 3) & n->mask];
@@ -232,17 +230,20 @@ static int make_short(struct name_table *n, struct fat_entry *f, struct err *e) 
     }
 }
 
-/* "A.TXT" as a user would write the short name. */
-static bool same_as_short(const struct fat_entry *f) {
-    char text[14];
+void fat_short_text(const uint8_t *short_name, char out[FAT_SHORT + 2]) {
     int n = 0;
     for (int i = 0; i < FAT_SHORT; i++) {
-        if (i == 8 && f->short_name[8] != ' ')
-            text[n++] = '.';
-        if (f->short_name[i] != ' ')
-            text[n++] = (char)f->short_name[i];
+        if (i == 8 && short_name[8] != ' ')
+            out[n++] = '.';
+        if (short_name[i] != ' ')
+            out[n++] = (char)short_name[i];
     }
-    text[n] = 0;
+    out[n] = 0;
+}
+
+static bool same_as_short(const struct fat_entry *f) {
+    char text[FAT_SHORT + 2];
+    fat_short_text(f->short_name, text);
     return !strcmp(text, f->name);
 }
 

@@ -142,7 +142,8 @@ static int add_child(struct fat_tree *t, uint32_t parent, int fd, const char *na
         t->links++;
         return 0;
     }
-    if (!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) {
+    if ((!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) ||
+        !strncmp(name, FAT_TEMP_PREFIX, strlen(FAT_TEMP_PREFIX))) {
         t->special++;
         return 0;
     }
@@ -163,6 +164,7 @@ static int add_child(struct fat_tree *t, uint32_t parent, int fd, const char *na
     f->sparse = !is_dir && (uint64_t)st.st_blocks * 512 < (uint64_t)st.st_size;
     f->dev = st.st_dev;
     f->ino = st.st_ino;
+    f->mtime = st.st_mtim;
     set_times(f, st.st_mtime);
     *(is_dir ? &t->dirs : &t->files) += 1;
     return 0;

@@ -193,7 +193,7 @@ def test_the_options_do_what_the_name_does(run, tree):
     assert (data["fat-type"], data["floppy"], data["label"]) == (12, True, "CIDATA")
 
 
-@pytest.mark.parametrize("form,word", [("", "can only be read"), ("rw:", "writing back")])
+@pytest.mark.parametrize("form,word", [("", "can only be read"), ("rw:", "only in a temporary snapshot")])
 def test_writing_is_refused(run, tree, form, word):
     assert "format: raw" in run("info", f"fat:{form}{tree}").stdout
     assert word in run("io", "-c", "write 0 512", f"fat:{form}{tree}", status=1).stderr
