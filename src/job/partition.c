@@ -83,7 +83,8 @@ static struct partition mbr_partition(struct mbr_entry m, unsigned number, uint6
 }
 
 /* The chain of records; LOGICAL_MAX ends one that loops. */
-static int read_logical_co(struct node *disk, struct mbr_entry ext, struct partition_table *t) {
+static int read_logical_co(struct node *disk, struct mbr_entry ext, unsigned *number,
+                           struct partition_table *t) {
     uint64_t at = ext.first;
     for (unsigned i = 0; i < LOGICAL_MAX; i++) {
         uint8_t sector[SECTOR];
@@ -98,7 +99,7 @@ static int read_logical_co(struct node *disk, struct mbr_entry ext, struct parti
             return 0;
         struct mbr_entry here = mbr_entry(sector, 0), next = mbr_entry(sector, 1);
         if (here.type && here.count)
-            add(t, disk->size, mbr_partition(here, LOGICAL_FIRST + i, at));
+            add(t, disk->size, mbr_partition(here, (*number)++, at));
         if (!is_extended(next.type) || !next.first)
             return 0;
         at = (uint64_t)ext.first + next.first;
@@ -108,6 +109,7 @@ static int read_logical_co(struct node *disk, struct mbr_entry ext, struct parti
 }
 
 static int read_mbr_co(struct node *disk, const uint8_t *sector, struct partition_table *t) {
+    unsigned logical = LOGICAL_FIRST; /* empty records have no number */
     t->kind = "mbr";
     for (int i = 0; i < 4; i++) {
         struct mbr_entry m = mbr_entry(sector, i);
@@ -117,7 +119,7 @@ static int read_mbr_co(struct node *disk, const uint8_t *sector, struct partitio
             add(t, disk->size, mbr_partition(m, (unsigned)i + 1, 0));
             continue;
         }
-        int rc = read_logical_co(disk, m, t);
+        int rc = read_logical_co(disk, m, &logical, t);
         if (rc < 0)
             return rc;
     }
