@@ -29,6 +29,9 @@ struct vhost_queue {
     int kick, call, error; /* eventfds; -1: none */
     bool running;          /* its task is there */
     bool stop;
+    bool began;    /* the ring's own indexes are newer than `base` */
+    bool broken;   /* it broke a rule: stays stopped until it is set up anew */
+    unsigned held; /* > 0: somebody changes it */
     struct task *task;
     struct waitq quiet; /* woken when the last request in flight has ended, and when the task has */
     unsigned in_flight;
@@ -39,8 +42,7 @@ struct vhost_server {
     struct export base; /* first: export.h's view of it */
     struct loop *loop;
     struct vhost_server_opts o;
-    unsigned paused;
-    uint64_t requests, errors;
+    uint64_t requests, errors, bytes_read, bytes_written;
     int listen_fd, fd;
     char *serial;
     uint64_t capacity; /* sectors */
@@ -53,8 +55,8 @@ struct vhost_server {
     struct memory memory;
     struct vhost_queue *queue;
     struct task_sem room;
-    void *inflight; /* mapped; NULL: none */
-    size_t inflight_bytes;
+    struct memory_map inflight;
+    size_t inflight_bytes;  /* of it that are ours */
     uint16_t inflight_size; /* entries that each queue has room for there */
     struct vhost_request_slot *spare;
 };
@@ -63,12 +65,16 @@ static inline bool vhost_has(const struct vhost_server *s, int feature) {
     return s->features >> feature & 1;
 }
 
-/* Starts the queue's task when all that it needs is there and nobody has paused the export. */
-void vhost_queue_start(struct vhost_queue *q);
-void vhost_start_all(struct vhost_server *s);
-void vhost_stop_all_co(struct vhost_server *s);
-/* Ends it, after what is in flight; keeps what the front end said, `base` included. */
-void vhost_queue_stop_co(struct vhost_queue *q);
+/*
+ * Who changes what a queue works with holds it first, and lets go of it after: hold ends the
+ * queue's task, after what is in flight, and keeps what the front end said, `base` included.  Both
+ * nest, for the session and the control socket come at the same time; the last one to let go
+ * starts it again when all that it needs is there.
+ */
+void vhost_queue_hold_co(struct vhost_queue *q);
+void vhost_queue_release(struct vhost_queue *q);
+void vhost_hold_all_co(struct vhost_server *s);
+void vhost_release_all(struct vhost_server *s);
 /* Frees the requests kept for later. */
 void vhost_queue_forget(struct vhost_server *s);
 /* Room of one queue in the memory that outlives us. */

@@ -7,8 +7,10 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 #include "base/ck.h"
 #include "base/err.h"
@@ -20,6 +22,7 @@
 
 static struct watched {
     atomic_uintptr_t from, to;
+    uintptr_t page; /* what can be replaced there: a huge page as a whole */
     atomic_bool broken;
 } watched[WATCH_MAX];
 static struct sigaction before;
@@ -27,17 +30,24 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 /* Only mmap() and atomics: safe in a handler. */
 static void on_bus_error(int signo, siginfo_t *info, void *context) {
-    uintptr_t at = (uintptr_t)info->si_addr, page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    for (int i = 0; i < WATCH_MAX; i++) {
+    uintptr_t at = (uintptr_t)info->si_addr;
+    int saved = errno;
+    for (int i = 0; i < WATCH_MAX && info->si_code > 0; i++) { /* not one that somebody sent */
         if (at < atomic_load(&watched[i].from) || at >= atomic_load(&watched[i].to))
             continue;
+        uintptr_t page = watched[i].page;
         atomic_store(&watched[i].broken, true);
-        if (mmap((void *)(at & ~(page - 1)), page, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED)
+        void *got = mmap((void *)(at & ~(page - 1)), page, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+        errno = saved;
+        if (got != MAP_FAILED)
             return;
         break;
     }
-    sigaction(SIGBUS, &before, NULL); /* it comes again, to whom it belongs */
+    /* It comes again, to whom it belongs. */
+    sigaction(SIGBUS, &before, NULL);
+    if (info->si_code <= 0)
+        raise(SIGBUS);
 }
 
 static void install(void) {
@@ -46,13 +56,24 @@ static void install(void) {
     sigaction(SIGBUS, &s, &before);
 }
 
-static int watch(void *map, size_t len) {
+/* The unit in which the file's pages are mapped, for huge ones can only be replaced whole. */
+static size_t page_of(int fd) {
+    struct statfs fs;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    if (fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == HUGETLBFS_MAGIC &&
+        fs.f_bsize > (long)page)
+        page = (size_t)fs.f_bsize;
+    return page;
+}
+
+static int watch(void *map, size_t len, size_t page) {
     pthread_once(&once, install);
     for (int i = 0; i < WATCH_MAX; i++) {
         uintptr_t none = 0;
         /* `to` first gone, last set: the handler never sees half of a range. */
         if (!atomic_compare_exchange_strong(&watched[i].from, &none, (uintptr_t)map))
             continue;
+        watched[i].page = page;
         atomic_store(&watched[i].broken, false);
         atomic_store(&watched[i].to, (uintptr_t)map + len);
         return i;
@@ -65,9 +86,34 @@ static void unwatch(int i) {
     atomic_store(&watched[i].from, 0);
 }
 
+int memory_map(int fd, uint64_t offset, size_t length, struct memory_map *out, struct err *e) {
+    size_t page = page_of(fd);
+    length = (size_t)align_up(length, page); /* munmap() wants whole pages, huge ones too */
+    void *map =
+        mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+    if (map == MAP_FAILED)
+        return err_errno(e, errno, "mapping shared memory");
+    int place = watch(map, length, page);
+    if (place < 0) {
+        munmap(map, length);
+        return err_set(e, ENOSPC, "too much shared memory in this process");
+    }
+    madvise(map, length, MADV_DONTDUMP);
+    *out = (struct memory_map){map, length, place};
+    return 0;
+}
+
+void memory_unmap(struct memory_map *m) {
+    if (!m->at)
+        return;
+    unwatch(m->watch);
+    munmap(m->at, m->length);
+    m->at = NULL;
+}
+
 bool memory_is_broken(const struct memory *m) {
     for (unsigned i = 0; i < m->n; i++)
-        if (atomic_load(&watched[m->v[i].watch].broken))
+        if (atomic_load(&watched[m->v[i].map.watch].broken))
             return true;
     return false;
 }
@@ -94,29 +140,20 @@ int memory_add(struct memory *m, const struct vhost_region *r, int fd, struct er
         return err_set(e, EINVAL, "memory region of %" PRIu64 " bytes in a file of %" PRIu64,
                        length, (uint64_t)st.st_size);
     /* From the file's beginning: the offset need not be one that mmap takes (huge pages). */
-    void *map =
-        mmap(NULL, (size_t)length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (map == MAP_FAILED)
-        return err_errno(e, errno, "mapping a memory region");
-    int place = watch(map, (size_t)length);
-    if (place < 0) {
-        munmap(map, (size_t)length);
-        return err_set(e, ENOSPC, "too many memory regions in this process");
-    }
-    madvise(map, (size_t)length, MADV_DONTDUMP);
+    struct memory_map map;
+    int rc = memory_map(fd, 0, (size_t)length, &map, e);
+    if (rc < 0)
+        return rc;
     m->v[m->n++] = (struct memory_region){.guest = r->guest,
                                           .size = r->size,
                                           .user = r->user,
-                                          .bytes = (uint8_t *)map + r->offset,
-                                          .map = map,
-                                          .mapped = (size_t)length,
-                                          .watch = place};
+                                          .bytes = (uint8_t *)map.at + r->offset,
+                                          .map = map};
     return 0;
 }
 
 static void drop(struct memory *m, unsigned i) {
-    unwatch(m->v[i].watch);
-    munmap(m->v[i].map, m->v[i].mapped);
+    memory_unmap(&m->v[i].map);
     m->v[i] = m->v[--m->n];
 }
 

@@ -21,17 +21,25 @@ struct vhost_region;
 
 #define MEMORY_REGIONS_MAX 32
 
+/* Shared pages whose file may lose them. */
+struct memory_map {
+    void *at; /* NULL: none */
+    size_t length;
+    int watch; /* its place in the handler's list */
+};
 struct memory_region {
     uint64_t guest, size, user;
     uint8_t *bytes; /* where guest address `guest` is here */
-    void *map;
-    size_t mapped;
-    int watch; /* its place in the handler's list */
+    struct memory_map map;
 };
 struct memory {
     struct memory_region v[MEMORY_REGIONS_MAX];
     unsigned n;
 };
+
+/* Whole pages, huge ones where the file has such; the descriptor stays the caller's. */
+int memory_map(int fd, uint64_t offset, size_t length, struct memory_map *out, struct err *e);
+void memory_unmap(struct memory_map *m);
 
 /* Maps one region of the file; the descriptor stays the caller's.  -EINVAL: overlaps, overflows, or
  * is larger than the file; -ENOSPC: too many regions. */

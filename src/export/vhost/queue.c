@@ -46,6 +46,7 @@ static int transfer_co(struct vhost_request_slot *r, bool write, uint64_t sector
                        : disk_preadv_co(s->base.node, at, len, v, count, 0);
         if (rc < 0)
             return BLK_IOERR;
+        *(write ? &s->bytes_written : &s->bytes_read) += len;
         at += len;
         bytes -= len;
         v += count;
@@ -168,7 +169,7 @@ static void signal_driver(struct vhost_queue *q) {
 
 static void ring_is_broken(struct vhost_queue *q, const char *why) {
     log_msg(LOG_LV_WARN, "vhost-user: queue %u stopped: %s", q->index, why);
-    q->ring.broken = true;
+    q->ring.broken = q->broken = true;
     signal_fd(q->error);
 }
 
@@ -218,12 +219,13 @@ void vhost_queue_forget(struct vhost_server *s) {
     }
 }
 
-/* Everything that waits; false: none did. */
+/* Everything that waits, but no more than the ring holds, for a driver that never stops must not
+ * have the loop for itself; false: none did. */
 static bool take_all_co(struct vhost_queue *q) {
     struct vhost_server *s = q->s;
     bool any = false;
     q->batch++;
-    while (!q->stop && !q->ring.broken) {
+    for (unsigned turn = 0; turn < q->ring.num && !q->stop && !q->ring.broken; turn++) {
         task_sem_down_co(&s->room, 1);
         struct vhost_request_slot *r = q->stop ? NULL : slot_get(q);
         int rc = r ? ring_take(&q->ring, &r->c) : 0;
@@ -258,10 +260,11 @@ static void queue_task(void *arg) {
             continue;
         int ev = loop_poll_co(q->kick, POLLIN, -1);
         uint64_t count;
-        if (ev > 0 && read(q->kick, &count, sizeof(count)) < 0 && errno != EAGAIN)
-            break;
         if (ev < 0 && ev != -ECANCELED)
-            break;
+            ring_is_broken(q, "its kicks cannot be waited for");
+        ssize_t n = ev > 0 ? read(q->kick, &count, sizeof(count)) : 1;
+        if (n == 0 || (n < 0 && errno != EAGAIN))
+            ring_is_broken(q, "nobody can kick it any more");
     }
     q->task = NULL;
     q->running = false;
@@ -275,20 +278,25 @@ size_t vhost_inflight_bytes(uint16_t queue_size) {
     return (size_t)align_up(bytes, 64);
 }
 
-void vhost_queue_start(struct vhost_queue *q) {
+static void start(struct vhost_queue *q) {
     struct vhost_server *s = q->s;
-    if (q->running || !q->have_addr || !q->enabled || q->kick < 0 || s->paused)
+    if (q->running || q->broken || !q->have_addr || !q->enabled || q->kick < 0)
         return;
     struct ring *r = &q->ring;
     r->memory = &s->memory;
     r->packed = vhost_has(s, VIRTIO_F_RING_PACKED);
     r->event_idx = vhost_has(s, VIRTIO_F_EVENT_IDX);
     size_t each = vhost_inflight_bytes(s->inflight_size);
-    bool kept = s->inflight && !r->packed && r->num <= s->inflight_size &&
+    bool kept = s->inflight.at && !r->packed && r->num <= s->inflight_size &&
                 each * (q->index + 1) <= s->inflight_bytes;
-    r->inflight = kept ? (void *)((uint8_t *)s->inflight + each * q->index) : NULL;
+    r->inflight = kept ? (void *)((uint8_t *)s->inflight.at + each * q->index) : NULL;
+    if (!r->packed && !is_pow2(r->num)) {
+        ring_is_broken(q, "its size is no power of two");
+        return;
+    }
     if (!ring_locate(r, q->desc, q->avail, q->used)) {
         ring_is_broken(q, "it does not lie in shared memory");
+        q->broken = false; /* which may come */
         return;
     }
     if (ring_begin(r, q->base) < 0) {
@@ -296,12 +304,12 @@ void vhost_queue_start(struct vhost_queue *q) {
         return;
     }
     q->stop = false;
-    q->running = true;
+    q->running = q->began = true;
     task_spawn(s->loop, queue_task, q);
 }
 
-void vhost_queue_stop_co(struct vhost_queue *q) {
-    bool was = q->running;
+void vhost_queue_hold_co(struct vhost_queue *q) {
+    q->held++;
     q->stop = true;
     while (q->running) {
         if (q->task && q->kick >= 0)
@@ -310,19 +318,27 @@ void vhost_queue_stop_co(struct vhost_queue *q) {
     }
     while (q->in_flight)
         waitq_wait_co(&q->quiet);
-    if (was && !q->ring.broken)
+    /* Where it was, for a broken one too: nothing that was done is to be done again.  Of several
+     * that wait here the first may have changed it before the next comes. */
+    if (q->began)
         q->base = ring_base(&q->ring);
+    q->began = false;
     free(q->ring.again);
     q->ring.again = NULL;
     q->ring.nagain = 0;
 }
 
-void vhost_start_all(struct vhost_server *s) {
-    for (unsigned i = 0; i < s->o.queues; i++)
-        vhost_queue_start(&s->queue[i]);
+void vhost_queue_release(struct vhost_queue *q) {
+    if (--q->held == 0)
+        start(q);
 }
 
-void vhost_stop_all_co(struct vhost_server *s) {
+void vhost_hold_all_co(struct vhost_server *s) {
     for (unsigned i = 0; i < s->o.queues; i++)
-        vhost_queue_stop_co(&s->queue[i]);
+        vhost_queue_hold_co(&s->queue[i]);
+}
+
+void vhost_release_all(struct vhost_server *s) {
+    for (unsigned i = 0; i < s->o.queues; i++)
+        vhost_queue_release(&s->queue[i]);
 }

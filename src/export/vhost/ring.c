@@ -11,6 +11,8 @@
 #define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 /* Between our writing one side's field and reading the other's. */
 #define FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+/* What was copied before it is not read from shared memory again. */
+#define COPIED() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 
 bool ring_locate(struct ring *r, uint64_t desc, uint64_t avail, uint64_t used) {
     const struct memory *m = r->memory;
@@ -37,19 +39,21 @@ static int by_counter(const void *a, const void *b) {
 
 static int find_unfinished(struct ring *r) {
     struct ring_inflight *in = r->inflight;
-    if (!in->version) { /* new: the front end gave us zeros */
+    /* Shared as well, so each field is read once. */
+    uint16_t last = LOAD(&in->last_batch_head);
+    if (!LOAD(&in->version)) { /* new: the front end gave us zeros */
         in->version = 1;
         in->desc_num = r->num;
         in->used_idx = r->used_idx;
         return 0;
     }
-    if (in->desc_num != r->num)
+    if (LOAD(&in->desc_num) != r->num)
         return -EPROTO;
     /* The process died between telling the driver and striking it off. */
-    if (in->used_idx != r->used_idx) {
-        if (in->last_batch_head >= r->num)
+    if (LOAD(&in->used_idx) != r->used_idx) {
+        if (last >= r->num)
             return -EPROTO;
-        in->desc[in->last_batch_head].inflight = 0;
+        in->desc[last].inflight = 0;
         in->used_idx = r->used_idx;
     }
     struct unfinished *all = calloc(r->num, sizeof(*all));
@@ -60,10 +64,11 @@ static int find_unfinished(struct ring *r) {
     }
     r->nagain = 0;
     for (uint16_t i = 0; i < r->num; i++) {
-        if (!in->desc[i].inflight)
+        if (!LOAD(&in->desc[i].inflight))
             continue;
-        all[r->nagain++] = (struct unfinished){in->desc[i].counter, i};
-        r->counter = max_u64(r->counter, in->desc[i].counter);
+        uint64_t counter = LOAD(&in->desc[i].counter);
+        all[r->nagain++] = (struct unfinished){counter, i};
+        r->counter = max_u64(r->counter, counter);
     }
     qsort(all, r->nagain, sizeof(*all), by_counter);
     for (unsigned i = 0; i < r->nagain; i++) /* taken from the end */
@@ -124,6 +129,7 @@ static bool read_entry(const struct ring *r, uint64_t table, uint64_t i, struct 
         memcpy(to, v[k].iov_base, v[k].iov_len);
         to += v[k].iov_len;
     }
+    COPIED();
     return n > 0;
 }
 
@@ -160,6 +166,7 @@ static int take_split(struct ring *r, struct chain *c, uint16_t head) {
             return -EPROTO;
         struct virtq_desc d;
         memcpy(&d, (const void *)&r->desc[i], sizeof(d));
+        COPIED();
         if (d.flags & DESC_INDIRECT)
             return d.flags & DESC_NEXT ? -EPROTO : take_indirect(r, c, d.addr, d.len);
         int rc = add_buffer(r, c, d.addr, d.len, d.flags);
@@ -181,7 +188,7 @@ static int next_split(struct ring *r, struct chain *c) {
             return 0;
         if (waiting > r->num)
             return -EPROTO;
-        c->head = r->avail->ring[r->last_avail % r->num];
+        c->head = LOAD(&r->avail->ring[r->last_avail % r->num]);
         if (c->head >= r->num)
             return -EPROTO;
         r->last_avail++;
@@ -204,6 +211,7 @@ static int next_packed(struct ring *r, struct chain *c) {
                 return 0;
         }
         memcpy(&d, (const void *)at, sizeof(d));
+        COPIED();
         c->descs++;
         if (++r->last_avail == r->num) {
             r->last_avail = 0;
@@ -237,7 +245,7 @@ int ring_take(struct ring *r, struct chain *c) {
 
 void ring_give(struct ring *r, uint16_t head, uint16_t descs, uint32_t written) {
     r->taken--;
-    r->given++;
+    r->given += r->packed ? descs : 1;
     if (r->broken)
         return;
     if (r->packed) {

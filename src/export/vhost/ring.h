@@ -64,7 +64,7 @@ struct ring {
     bool avail_wrap, used_wrap;
     uint16_t signalled; /* used_idx at the last look whether to signal */
     bool signalled_valid;
-    unsigned given; /* since then */
+    unsigned given; /* ring places since then */
     unsigned taken; /* requests not given back */
 
     struct ring_inflight *inflight; /* NULL: not kept */

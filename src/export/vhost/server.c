@@ -56,20 +56,20 @@ static unsigned export_users(const struct export *x) {
 }
 
 static void export_pause_co(struct export *x) {
-    of(x)->paused++;
-    vhost_stop_all_co(of(x));
+    vhost_hold_all_co(of(x));
 }
 
 static void export_resume(struct export *x) {
-    if (--of(x)->paused == 0)
-        vhost_start_all(of(x));
+    vhost_release_all(of(x));
 }
 
 static json_t *export_describe(const struct export *x) {
     const struct vhost_server *s = of(x);
-    return json_pack("{s:s, s:s, s:b, s:i, s:I, s:I}", "type", x->ops->type, "name", x->name,
-                     "read-only", x->read_only, "clients", (int)export_users(x), "requests",
-                     (json_int_t)s->requests, "errors", (json_int_t)s->errors);
+    return json_pack("{s:s, s:s, s:b, s:i, s:I, s:I, s:I, s:I}", "type", x->ops->type, "name",
+                     x->name, "read-only", x->read_only, "clients", (int)export_users(x),
+                     "requests", (json_int_t)s->requests, "bytes-read", (json_int_t)s->bytes_read,
+                     "bytes-written", (json_int_t)s->bytes_written, "errors",
+                     (json_int_t)s->errors);
 }
 
 static int export_remove_co(struct export *x, bool hard, struct err *e) {

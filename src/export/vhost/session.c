@@ -100,6 +100,8 @@ static int reply_co(struct vhost_server *s, struct message *m) {
         c->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(c), &m->reply_fd, sizeof(int));
     }
+    if (s->stopping) /* nobody would end the wait for one that does not read */
+        return -ECANCELED;
     ssize_t n = loop_sendmsg_co(s->fd, &h, MSG_NOSIGNAL);
     return n == (ssize_t)(sizeof(m->head) + m->head.size) ? 0 : n < 0 ? (int)n : -EPIPE;
 }
@@ -181,12 +183,12 @@ static void replace_fd(int *fd, int with) {
     *fd = with;
 }
 
-static void forget_queue_co(struct vhost_queue *q) {
-    vhost_queue_stop_co(q);
+/* The queue is held. */
+static void forget_queue(struct vhost_queue *q) {
     replace_fd(&q->kick, -1);
     replace_fd(&q->call, -1);
     replace_fd(&q->error, -1);
-    q->have_addr = q->enabled = false;
+    q->have_addr = q->enabled = q->broken = false;
     q->base = 0;
     memset(&q->ring, 0, sizeof(q->ring));
 }
@@ -198,8 +200,9 @@ static int set_vring_num_co(struct vhost_server *s, struct message *m, struct er
         return -EINVAL;
     if (!num || num > RING_SIZE_MAX || (!is_pow2(num) && !vhost_has(s, VIRTIO_F_RING_PACKED)))
         return err_set(e, EINVAL, "a ring of %u entries (at most %d)", num, RING_SIZE_MAX);
-    vhost_queue_stop_co(q);
+    vhost_queue_hold_co(q);
     q->ring.num = (uint16_t)num;
+    vhost_queue_release(q);
     return 0;
 }
 
@@ -207,12 +210,13 @@ static int set_vring_addr_co(struct vhost_server *s, struct message *m, struct e
     struct vhost_queue *q = queue_of(s, m->p.addr.index, e);
     if (!q)
         return -EINVAL;
-    vhost_queue_stop_co(q);
+    vhost_queue_hold_co(q);
     q->desc = m->p.addr.desc;
     q->avail = m->p.addr.avail;
     q->used = m->p.addr.used;
     q->have_addr = true;
-    vhost_queue_start(q);
+    q->broken = false;
+    vhost_queue_release(q);
     return 0;
 }
 
@@ -220,11 +224,11 @@ static int set_vring_base_co(struct vhost_server *s, struct message *m, struct e
     struct vhost_queue *q = queue_of(s, m->p.state.index, e);
     if (!q)
         return -EINVAL;
-    vhost_queue_stop_co(q);
+    vhost_queue_hold_co(q);
     q->base = m->p.state.num;
     if (vhost_has(s, VIRTIO_F_RING_PACKED) && q->base < 0x10000)
         q->base |= q->base << 16; /* nothing in flight: both indexes are the same */
-    vhost_queue_start(q);
+    vhost_queue_release(q);
     return 0;
 }
 
@@ -232,9 +236,10 @@ static int get_vring_base_co(struct vhost_server *s, struct message *m, struct e
     struct vhost_queue *q = queue_of(s, m->p.state.index, e);
     if (!q)
         return -EINVAL;
-    vhost_queue_stop_co(q);
+    vhost_queue_hold_co(q);
     replace_fd(&q->kick, -1);
     replace_fd(&q->call, -1);
+    vhost_queue_release(q);
     m->p.state.num = q->base;
     m->head.size = sizeof(m->p.state);
     m->replies = true;
@@ -249,7 +254,13 @@ static int take_fd(struct message *m, struct err *e) {
         err_set(e, EINVAL, "%d descriptors where one belongs", m->nfd);
         return -2;
     }
+    struct stat st;
     int fd = m->fd[0], flags = fcntl(fd, F_GETFL);
+    /* Eventfds have no type.  Of anything else a read could wait, or be ready for ever. */
+    if (fstat(fd, &st) < 0 || (st.st_mode & S_IFMT && !S_ISFIFO(st.st_mode))) {
+        err_set(e, EINVAL, "a ring's descriptor that is no eventfd");
+        return -2;
+    }
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) {
         err_errno(e, errno, "a ring's descriptor");
         return -2;
@@ -268,13 +279,14 @@ static int set_vring_fd_co(struct vhost_server *s, struct message *m, struct err
     } else if (m->head.request == VHOST_SET_VRING_ERR) {
         replace_fd(&q->error, fd);
     } else {
-        vhost_queue_stop_co(q);
+        vhost_queue_hold_co(q);
         replace_fd(&q->kick, fd);
-        if (fd < 0)
-            return err_set(e, ENOTSUP, "a ring that is polled instead of kicked");
+        q->broken = false;
         if (!(s->features >> VHOST_F_PROTOCOL_FEATURES & 1))
             q->enabled = true;
-        vhost_queue_start(q);
+        vhost_queue_release(q);
+        if (fd < 0)
+            return err_set(e, ENOTSUP, "a ring that is polled instead of kicked");
     }
     return 0;
 }
@@ -283,10 +295,11 @@ static int set_vring_enable_co(struct vhost_server *s, struct message *m, struct
     struct vhost_queue *q = queue_of(s, m->p.state.index, e);
     if (!q)
         return -EINVAL;
+    if (q->enabled == (m->p.state.num != 0))
+        return 0;
+    vhost_queue_hold_co(q);
     q->enabled = m->p.state.num;
-    if (!q->enabled)
-        vhost_queue_stop_co(q);
-    vhost_queue_start(q);
+    vhost_queue_release(q);
     return 0;
 }
 
@@ -296,40 +309,36 @@ static int set_mem_table_co(struct vhost_server *s, struct message *m, struct er
     if (m->head.size < 8 || m->p.table.n > VHOST_FDS_MAX || (int)m->p.table.n != m->nfd ||
         m->head.size < 8 + m->p.table.n * sizeof(struct vhost_region))
         return err_set(e, EINVAL, "%u memory regions with %d descriptors", m->p.table.n, m->nfd);
-    vhost_stop_all_co(s);
+    int rc = 0;
+    vhost_hold_all_co(s);
     memory_clear(&s->memory);
-    for (uint32_t i = 0; i < m->p.table.n; i++) {
-        int rc = memory_add(&s->memory, &m->p.table.v[i], m->fd[i], e);
-        if (rc < 0)
-            return rc;
-    }
-    vhost_start_all(s);
-    return 0;
+    for (uint32_t i = 0; i < m->p.table.n && rc == 0; i++)
+        rc = memory_add(&s->memory, &m->p.table.v[i], m->fd[i], e);
+    vhost_release_all(s);
+    return rc;
 }
 
-static int add_mem_reg(struct vhost_server *s, struct message *m, struct err *e) {
+static int add_mem_reg_co(struct vhost_server *s, struct message *m, struct err *e) {
     if (m->nfd != 1)
         return err_set(e, EINVAL, "a memory region with %d descriptors", m->nfd);
+    vhost_hold_all_co(s);
     int rc = memory_add(&s->memory, &m->p.slot.region, m->fd[0], e);
-    if (rc == 0)
-        vhost_start_all(s);
+    vhost_release_all(s);
     return rc;
 }
 
 static int rem_mem_reg_co(struct vhost_server *s, struct message *m, struct err *e) {
-    vhost_stop_all_co(s);
+    vhost_hold_all_co(s);
     int rc = memory_remove(&s->memory, &m->p.slot.region, e);
     /* A ring that lay in it stops with a message; the others go on. */
-    vhost_start_all(s);
+    vhost_release_all(s);
     return rc;
 }
 
 /* ---------------------------------------------------------------- in flight */
 
 static void forget_inflight(struct vhost_server *s) {
-    if (s->inflight)
-        munmap(s->inflight, s->inflight_bytes);
-    s->inflight = NULL;
+    memory_unmap(&s->inflight);
     s->inflight_bytes = 0;
 }
 
@@ -342,19 +351,23 @@ static int check_inflight(const struct vhost_server *s, const struct message *m,
     return 0;
 }
 
-static int map_inflight(struct vhost_server *s, const struct message *m, int fd, size_t bytes,
-                        uint64_t offset, struct err *e) {
-    void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset);
-    if (map == MAP_FAILED)
-        return err_errno(e, errno, "in-flight memory");
+/* Rings that run have pointers into the old one. */
+static int map_inflight_co(struct vhost_server *s, const struct message *m, int fd, size_t bytes,
+                           uint64_t offset, struct err *e) {
+    struct memory_map map;
+    int rc = memory_map(fd, offset, bytes, &map, e);
+    if (rc < 0)
+        return err_prefix(e, "in-flight memory");
+    vhost_hold_all_co(s);
     forget_inflight(s);
     s->inflight = map;
     s->inflight_bytes = bytes;
     s->inflight_size = m->p.inflight.queue_size;
+    vhost_release_all(s);
     return 0;
 }
 
-static int get_inflight(struct vhost_server *s, struct message *m, struct err *e) {
+static int get_inflight_co(struct vhost_server *s, struct message *m, struct err *e) {
     size_t bytes = 0;
     int rc = check_inflight(s, m, &bytes, e);
     if (rc < 0)
@@ -365,7 +378,7 @@ static int get_inflight(struct vhost_server *s, struct message *m, struct err *e
     if (ftruncate(fd, (off_t)bytes) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) < 0)
         rc = err_errno(e, errno, "in-flight memory");
     if (rc == 0)
-        rc = map_inflight(s, m, fd, bytes, 0, e);
+        rc = map_inflight_co(s, m, fd, bytes, 0, e);
     if (rc < 0) {
         close(fd);
         return rc;
@@ -394,10 +407,7 @@ static int set_inflight_co(struct vhost_server *s, struct message *m, struct err
         (uint64_t)st.st_size - m->p.inflight.offset < bytes)
         return err_set(e, EINVAL, "in-flight memory of %llu bytes, %zu needed",
                        (unsigned long long)m->p.inflight.size, bytes);
-    vhost_stop_all_co(s);
-    rc = map_inflight(s, m, m->fd[0], bytes, m->p.inflight.offset, e);
-    vhost_start_all(s);
-    return rc;
+    return map_inflight_co(s, m, m->fd[0], bytes, m->p.inflight.offset, e);
 }
 
 /* ---------------------------------------------------------------- dispatch */
@@ -412,17 +422,19 @@ static int set_features_co(struct vhost_server *s, struct message *m, struct err
     if (m->p.u64 & ~our_features(s))
         return err_set(e, EINVAL, "features %#llx that were not offered",
                        (unsigned long long)(m->p.u64 & ~our_features(s)));
-    vhost_stop_all_co(s);
+    vhost_hold_all_co(s);
     s->features = m->p.u64;
-    vhost_start_all(s);
+    vhost_release_all(s);
     return 0;
 }
 
 static void reset_co(struct vhost_server *s) {
+    vhost_hold_all_co(s);
     for (unsigned i = 0; i < s->o.queues; i++)
-        forget_queue_co(&s->queue[i]);
+        forget_queue(&s->queue[i]);
     s->features = 0;
     s->writeback = true;
+    vhost_release_all(s);
 }
 
 /* The least payload that each request has. */
@@ -484,7 +496,7 @@ static int handle_co(struct vhost_server *s, struct message *m, struct err *e) {
     case VHOST_SET_MEM_TABLE:
         return set_mem_table_co(s, m, e);
     case VHOST_ADD_MEM_REG:
-        return add_mem_reg(s, m, e);
+        return add_mem_reg_co(s, m, e);
     case VHOST_REM_MEM_REG:
         return rem_mem_reg_co(s, m, e);
     case VHOST_SET_VRING_NUM:
@@ -506,7 +518,7 @@ static int handle_co(struct vhost_server *s, struct message *m, struct err *e) {
     case VHOST_SET_CONFIG:
         return set_config(s, m, e);
     case VHOST_GET_INFLIGHT_FD:
-        return get_inflight(s, m, e);
+        return get_inflight_co(s, m, e);
     case VHOST_SET_INFLIGHT_FD:
         return set_inflight_co(s, m, e);
     default:
