@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/loop.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -15,6 +16,10 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 #include "base/cleanup.h"
 #include "base/err.h"
@@ -118,13 +123,43 @@ struct told {
     size_t n;
 };
 
+/* Nobody answers for the mount: another server may have put its own on top of the dead one's. */
+static bool is_dead(const char *path) {
+    char pid[24];
+    return getxattr(path, "user.strata.pid", pid, sizeof(pid)) < 0 &&
+           (errno == ENOTCONN || errno == ECONNABORTED);
+}
+
+static bool refuses(const struct sockaddr_un *sa) {
+    AUTO_FD int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    return fd >= 0 && connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) < 0 &&
+           errno == ECONNREFUSED;
+}
+
+/* The dead server's socket is closed some moments after its end of our pipe. */
+static bool nobody_listens(const char *path) {
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    struct stat st;
+    if (strlen(path) >= sizeof(sa.sun_path))
+        return false;
+    memcpy(sa.sun_path, path, strlen(path));
+    for (int i = 0; i < 200; i++) {
+        if (lstat(path, &st) < 0 || !S_ISSOCK(st.st_mode))
+            return false;
+        if (refuses(&sa))
+            return true;
+        poll(NULL, 0, 10);
+    }
+    return false;
+}
+
 static void take_away(const char *record) {
     const char *what = record + 1, *source = what + strlen(what) + 1;
     struct mount_entry m;
     AUTO_FREE char *backing = NULL;
     switch ((enum guarded)record[0]) {
     case GUARD_FUSE:
-        if (mount_find(what, &m) && !strcmp(m.type, "fuse.strata"))
+        if (mount_find(what, &m) && !strcmp(m.type, "fuse.strata") && is_dead(what))
             fuse_unmount_path(what, true);
         break;
     case GUARD_MOUNT:
@@ -138,6 +173,10 @@ static void take_away(const char *record) {
         break;
     case GUARD_FOLDER:
         rmdir(what);
+        break;
+    case GUARD_SOCKET:
+        if (nobody_listens(what))
+            unlink(what);
         break;
     }
 }
@@ -165,7 +204,8 @@ static void guard_process(int fd) {
     signal(SIGINT, SIG_IGN);
     signal(SIGHUP, SIG_IGN);
     setsid();
-    close_range(0, (unsigned)fd - 1, 0);
+    if (fd > 0)
+        close_range(0, (unsigned)fd - 1, 0);
     close_range((unsigned)fd + 1, ~0U, 0);
     for (int i = 0; i < 3 && i < fd; i++)
         open("/dev/null", O_RDWR); /* the helpers that it starts expect these */

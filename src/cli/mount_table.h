@@ -31,6 +31,7 @@ enum guarded {
     GUARD_MOUNT = 'M',  /* a mount at `what` of `source` */
     GUARD_LOOP = 'L',   /* a loop device `what` over the file `source` */
     GUARD_FOLDER = 'R', /* an empty folder */
+    GUARD_SOCKET = 'S', /* a socket file that nobody listens on */
 };
 struct guard {
     int fd; /* -1: none */

@@ -11,12 +11,14 @@
  * file has closed it.
  *
  * Order of things: (fork, guard) - open the image - overlay - FUSE - loop device, file system -
- * ready - serve - what the kernel holds comes back - flush, commit or keep.  What was put into the
+ * control socket - ready - serve - end of the control socket - what the kernel holds comes back -
+ * flush, commit or keep.  What was put into the
  * system is taken away in reverse order; after kill -9 the guard does it (mount_table.h).
  */
 #include "cli/cli.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdlib.h>
@@ -28,13 +30,13 @@
 #include "base/strbuf.h"
 #include "cli/daemon.h"
 #include "cli/mount_table.h"
+#include "control/control.h"
 #include "disk/io.h"
 #include "disk/node.h"
 #include "disk/open.h"
 #include "disk/overlay.h"
 #include "export/fuse/export.h"
 #include "export/loopdev.h"
-#include "job/copy.h"
 #include "job/fat_commit.h"
 #include "job/partition.h"
 #include "runtime/loop.h"
@@ -44,7 +46,7 @@ extern char **environ;
 
 struct args {
     struct cli_image image;
-    const char *scratch, *keep, *partition;
+    const char *scratch, *keep, *partition, *control;
     uint64_t scratch_size;
     bool fs, snapshot, commit, write, foreground, allow_other;
     /* From prepare to run. */
@@ -59,7 +61,7 @@ struct args {
         CLI_FLAG(struct args, snapshot, 's', "snapshot",                                           \
                  "writes go to a temporary overlay that vanishes at the end"),                     \
         CLI_STR(struct args, scratch, 0, "scratch", "DIR",                                         \
-                "folder of the temporary overlay ($TMPDIR, else /var/tmp)"),                       \
+                "folder of the temporary overlay ($TMPDIR, else /var/tmp), or memory:SIZE"),       \
         CLI_SIZE(struct args, scratch_size, 0, "scratch-size", "SIZE", 0, 0, INT64_MAX,            \
                  "most that the temporary overlay may take; 0 is no limit"),                       \
         CLI_FLAG(struct args, commit, 0, "commit-on-exit",                                         \
@@ -68,6 +70,8 @@ struct args {
                 "save the temporary overlay as a qcow2 file at the end"),                          \
         CLI_STR(struct args, partition, 'P', "partition", "N",                                     \
                 "the partition that is meant, as Linux counts them"),                              \
+        CLI_STR(struct args, control, 0, "control", "SOCKET",                                      \
+                "take commands on this unix socket; see strata ctl"),                              \
         CLI_FLAG(struct args, foreground, 0, "foreground",                                         \
                  "stay until it is unmounted, or a signal comes")
 
@@ -82,7 +86,9 @@ struct session {
     struct args *a;
     const char *image; /* without ":PARTITION" */
     char *image_copy;
-    struct node *node;
+    struct control_disk disk;
+    struct control_disk *disks[1];
+    struct control *control;
     struct partition_table table;
     struct fuse_export *fuse;
     char hidden[64]; /* folder of ours that the FUSE mount is on; empty: the user's own */
@@ -148,27 +154,30 @@ static int open_image_co(struct session *s) {
     const struct args *a = s->a;
     struct err *e = &s->ctx->err;
     unsigned flags = OPEN_UNMAP | (a->write ? OPEN_RW : 0);
-    int rc = cli_open_co(s->ctx, s->image, &a->image, flags, &s->node);
+    s->disk.name = xstrdup("disk");
+    int rc = cli_open_co(s->ctx, s->image, &a->image, flags, &s->disk.node);
     if (rc < 0)
         return rc;
-    bool directory = a->commit && fat_commit_is_for(s->node);
-    if (directory && (rc = fat_commit_check(s->node, e)) < 0)
+    bool directory = fat_commit_is_for(s->disk.node);
+    bool guessed = s->disk.node->flags & NODE_GUESSED;
+    if (directory && a->commit && (rc = fat_commit_check(s->disk.node, e)) < 0)
         return rc;
-    if ((s->node->flags & NODE_GUESSED) && (a->write || a->commit) && !directory) {
+    if (guessed && (a->write || (a->commit && !directory))) {
         err_set(e, EINVAL, "%s: no format was given and none was recognised", s->image);
         err_hint(e, "give -f raw if it is a raw image");
         return -EINVAL;
     }
     if (a->snapshot) {
-        struct overlay_opts o = {a->scratch, a->scratch_size};
-        struct node *top;
-        rc = overlay_create_co(s->node, &o, &top, e);
+        if (guessed && !directory)
+            s->disk.no_commit =
+                "the format of the base was guessed; mount it with -f raw if it is raw";
+        s->disk.scratch = (struct overlay_opts){a->scratch, a->scratch_size};
+        rc = control_disk_snapshot_co(&s->disk, e);
         if (rc < 0)
             return rc;
-        s->node = top;
     }
     struct err damage AUTO_ERR = ERR_INIT;
-    rc = partitions_read_co(s->node, &s->table, &damage);
+    rc = partitions_read_co(s->disk.node, &s->table, &damage);
     if (rc == -EINVAL && !a->fs && !a->partition) {
         cli_print_warning(s->ctx, "%s", err_text(&damage));
         return 0;
@@ -212,13 +221,16 @@ static int choose_file(const struct session *s, char *out, size_t room) {
 
 static int finish_image_co(struct session *s) {
     struct err *e = &s->ctx->err;
-    if (s->a->commit) {
-        struct copy_opts o = {0};
-        int rc = fat_commit_is_for(s->node->backing) ? fat_commit_co(s->node, s->node->backing, e)
-                                                     : commit_run_co(s->node, &o, e);
-        return rc < 0 ? err_prefix(e, "commit") : 0;
+    if (s->a->commit)
+        return control_disk_finish_commit_co(&s->disk, e);
+    if (s->a->keep)
+        return control_disk_finish_keep_co(&s->disk, s->a->keep, e);
+    if (s->disk.journal) {
+        err_set(e, EIO, "the commit of %s did not end", s->image);
+        err_hint(e, "strata commit %s completes it", s->disk.journal);
+        return -EIO;
     }
-    return s->a->keep ? overlay_keep_co(s->node, s->a->keep, false, e) : 0;
+    return 0;
 }
 
 /* ---------------------------------------------------------------- into the system */
@@ -226,6 +238,12 @@ static int finish_image_co(struct session *s) {
 static void wake(struct session *s) {
     if (s->task)
         task_wake(s->task);
+}
+
+/* What was mounted at the target, by us. */
+static bool is_ours(const struct session *s, const struct mount_entry *m) {
+    return (s->device[0] && !strcmp(m->source, s->device)) ||
+           (s->hidden[0] && !strncmp(m->source, s->hidden, strlen(s->hidden)));
 }
 
 static void on_end(void *arg) {
@@ -244,6 +262,27 @@ static void on_signal(void *arg, int signo) {
     struct session *s = arg;
     s->signals++;
     wake(s);
+}
+
+static void on_stop(void *arg) {
+    on_signal(arg, 0);
+}
+
+/* A file system on top holds back what was written to it.  On a worker thread. */
+static void sync_top(void *arg) {
+    struct session *s = arg;
+    AUTO_FD int fd = -1;
+    struct mount_entry m;
+    if (s->target && mount_find(s->target, &m) && is_ours(s, &m))
+        fd = open(s->target, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    else if (s->device[0])
+        fd = open(s->device, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (s->target)
+        syncfs(fd);
+    else
+        fsync(fd); /* of a block device: its own pages */
 }
 
 /* A folder that only we look into. */
@@ -280,7 +319,8 @@ static int start_fuse_co(struct session *s) {
         parts[i].offset = p->offset;
         parts[i].length = p->length;
     }
-    struct fuse_export_opts o = {.node = s->node,
+    struct fuse_export_opts o = {.name = s->disk.name,
+                                 .node = s->disk.node,
                                  .mountpoint = path,
                                  .label = s->image,
                                  .writable = writable(a),
@@ -289,18 +329,43 @@ static int start_fuse_co(struct session *s) {
                                  .nparts = s->table.n,
                                  .on_end = on_end,
                                  .on_unused = whole ? NULL : on_unused,
+                                 .sync = whole ? NULL : sync_top,
                                  .arg = s};
     rc = guard_add(&s->a->guard, GUARD_FUSE, path, NULL, &s->ctx->err);
     if (rc == 0)
         rc = fuse_export_new_co(s->ctx->loop, &o, &s->fuse, &s->ctx->err);
     free(parts);
+    if (rc == 0)
+        s->disk.export = fuse_export_base(s->fuse);
     return rc;
+}
+
+static int start_control(struct session *s) {
+    if (!s->a->control)
+        return 0;
+    s->disks[0] = &s->disk;
+    struct control_opts o = {
+        .program = "mount", .disks = s->disks, .ndisks = 1, .stop = on_stop, .arg = s};
+    int rc = control_start(s->ctx->loop, s->a->control, &o, &s->control, &s->ctx->err);
+    return rc < 0 || s->a->control[0] == '@'
+               ? rc
+               : guard_add(&s->a->guard, GUARD_SOCKET, s->a->control, NULL, &s->ctx->err);
 }
 
 /* Runs a program of the system; its messages are the user's.  0, or -errno. */
 static int run_program(char *const args[], struct err *e) {
     pid_t pid;
-    int status = 0, rc = posix_spawnp(&pid, args[0], NULL, NULL, args, environ);
+    posix_spawnattr_t plain; /* it shall not inherit which signals we block and ignore */
+    sigset_t none, pipe;
+    sigemptyset(&none);
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    posix_spawnattr_init(&plain);
+    posix_spawnattr_setsigmask(&plain, &none);
+    posix_spawnattr_setsigdefault(&plain, &pipe);
+    posix_spawnattr_setflags(&plain, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+    int status = 0, rc = posix_spawnp(&pid, args[0], NULL, &plain, args, environ);
+    posix_spawnattr_destroy(&plain);
     if (rc)
         return err_errno(e, rc, "%s", args[0]);
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
@@ -368,8 +433,7 @@ static int take_off(void *arg) {
     struct session *s = l->s;
     struct mount_entry m;
     int rc = 0;
-    if (s->target && mount_find(s->target, &m) &&
-        (!strcmp(m.source, s->device) || !strncmp(m.source, s->hidden, strlen(s->hidden))))
+    if (s->target && mount_find(s->target, &m) && is_ours(s, &m))
         rc = fuse_unmount_path(s->target, l->lazy);
     if (rc == 0 && s->device[0] && s->a->block)
         rc = loop_clear(s->device);
@@ -416,6 +480,8 @@ static int run_co(struct verb_ctx *ctx) {
     int rc = open_image_co(&s);
     if (rc == 0)
         rc = enter_co(&s);
+    if (rc == 0)
+        rc = start_control(&s);
     if (rc == 0) {
         if (s.a->block)
             printf("%s\n", s.device);
@@ -429,6 +495,8 @@ static int run_co(struct verb_ctx *ctx) {
         offload_blocking_co(take_off, &l);
         fuse_export_unmount_co(s.fuse, true, &ignored);
     }
+    control_stop_co(s.control);
+    s.disk.export = NULL;
     int flushed = fuse_export_stop_co(s.fuse);
     if (rc == 0 && flushed < 0)
         rc = err_errno(&ctx->err, -flushed, "%s: flush", s.image);
@@ -436,8 +504,7 @@ static int run_co(struct verb_ctx *ctx) {
         rmdir(s.hidden);
     if (rc == 0)
         rc = finish_image_co(&s);
-    if (s.node)
-        node_unref_co(s.node);
+    control_disk_close_co(&s.disk);
     guard_end(&s.a->guard);
     for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++) {
         signal(stop_signals[i], SIG_IGN);

@@ -2,9 +2,9 @@
 /*
  * An export: one disk in the hands of clients, whatever they speak.
  *
- * Each kind of export (NBD now) embeds struct export in its own object and fills in the operations;
- * who manages disks (control/) knows only this.  A new kind is a folder beside nbd/ with one const
- * struct export_ops.
+ * Each kind of export (NBD, vhost-user-blk, FUSE) embeds struct export in its own object and fills
+ * in the operations; who manages disks (control/) knows only this.  A new kind is a folder beside
+ * nbd/ with one const struct export_ops.
  *
  * Context: everything belongs to the thread of the node's loop; _co may suspend.
  */

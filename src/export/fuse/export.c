@@ -10,11 +10,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 #include "base/err.h"
@@ -77,6 +79,75 @@ static void reader(void *arg) {
         x->on_end(x->arg);
 }
 
+/* ---------------------------------------------------------------- operations of export.h */
+
+static struct fuse_export *of(const struct export *x) {
+    return (struct fuse_export *)x;
+}
+
+static unsigned export_users(const struct export *x) {
+    return (unsigned)of(x)->open_files;
+}
+
+/* Pages that the kernel has not written yet come as requests, so not while these are held back. */
+static int sync_mount(void *arg) {
+    struct fuse_export *x = arg;
+    AUTO_FD int fd = -1;
+    if (x->sync)
+        x->sync(x->arg);
+    if (!x->as_file) /* whose pages are written through */
+        fd = open(x->mountpoint, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    char pid[24] = "";
+    if (fd >= 0 && fgetxattr(fd, "user.strata.pid", pid, sizeof(pid) - 1) > 0 &&
+        strtol(pid, NULL, 10) == getpid()) /* not what somebody has put on top */
+        syncfs(fd);
+    return 0;
+}
+
+static void export_pause_co(struct export *b) {
+    struct fuse_export *x = of(b);
+    if (x->writable && !x->paused && !x->ended && !x->ending)
+        offload_blocking_co(sync_mount, x);
+    x->paused++;
+    task_group_wait_co(&x->requests);
+}
+
+static void export_resume(struct export *b) {
+    if (--of(b)->paused == 0)
+        waitq_wake_all(&of(b)->resumed);
+}
+
+static json_t *export_describe(const struct export *b) {
+    const struct fuse_export *x = of(b);
+    return json_pack("{s:s, s:s, s:b, s:i, s:I, s:I, s:I, s:I}", "type", b->ops->type, "name",
+                     b->name, "read-only", b->read_only, "clients", (int)export_users(b),
+                     "requests", (json_int_t)x->served, "bytes-read", (json_int_t)x->bytes_read,
+                     "bytes-written", (json_int_t)x->bytes_written, "errors",
+                     (json_int_t)x->errors);
+}
+
+static int export_remove_co(struct export *b, bool hard, struct err *e) {
+    if (export_users(b) && !hard)
+        return err_set(e, EBUSY, "export '%s' has open files", b->name);
+    int rc = fuse_export_unmount_co(of(b), hard, e);
+    if (rc == 0)
+        fuse_export_stop_co(of(b));
+    return rc;
+}
+
+static const struct export_ops fuse_ops = {
+    .type = "fuse",
+    .users = export_users,
+    .pause_co = export_pause_co,
+    .resume = export_resume,
+    .describe = export_describe,
+    .remove_co = export_remove_co,
+};
+
+struct export *fuse_export_base(struct fuse_export *x) {
+    return &x->base;
+}
+
 /* ---------------------------------------------------------------- begin and end */
 
 /* Option lists end at commas, and mount tables at blanks. */
@@ -129,6 +200,7 @@ static void export_free(struct fuse_export *x) {
     free(x->incoming.mem);
     free(x->parts);
     free(x->mountpoint);
+    free(x->base.name);
     free(x);
 }
 
@@ -157,21 +229,24 @@ int fuse_export_new_co(struct loop *loop, const struct fuse_export_opts *o,
     if (!path)
         return -e->code;
     struct fuse_export *x = calloc(1, sizeof(*x));
-    if (!x) {
+    char *name = x ? strdup(o->name ? o->name : "") : NULL;
+    if (!name) {
+        free(x);
         free(path);
         return err_set(e, ENOMEM, "%s: no memory to mount it", o->mountpoint);
     }
-    *x = (struct fuse_export){.lib = lib,
+    *x = (struct fuse_export){.base = {&fuse_ops, name, o->node, !o->writable},
+                              .lib = lib,
                               .loop = loop,
                               .mountpoint = path,
                               .as_file = as_file,
-                              .node = o->node,
                               .writable = o->writable,
                               .uid = getuid(),
                               .gid = getgid(),
                               .started = time(NULL),
                               .on_end = o->on_end,
                               .on_unused = o->on_unused,
+                              .sync = o->sync,
                               .arg = o->arg};
     x->parts = calloc(o->nparts + 1, sizeof(*x->parts));
     if (x->parts && o->nparts)
@@ -179,6 +254,7 @@ int fuse_export_new_co(struct loop *loop, const struct fuse_export_opts *o,
     x->nparts = x->parts ? o->nparts : 0;
     task_sem_init(&x->room, IN_FLIGHT_MAX);
     task_group_init(&x->requests);
+    waitq_init(&x->resumed);
     int rc = make_session(x, o, e);
     if (rc == 0)
         rc = mount_session(x, e);
@@ -186,7 +262,6 @@ int fuse_export_new_co(struct loop *loop, const struct fuse_export_opts *o,
         export_free(x);
         return rc;
     }
-    node_ref(x->node);
     task_spawn(loop, reader, x);
     *out = x;
     return 0;
@@ -218,13 +293,12 @@ int fuse_export_stop_co(struct fuse_export *x) {
     x->ending = true;
     x->stopper = task_self();
     while (!x->ended) {
+        waitq_wake_all(&x->resumed);
         loop_cancel_fd(x->loop, x->lib->session_fd(x->session));
         task_park_co();
     }
     task_group_wait_co(&x->requests);
-    struct node *n = x->node;
-    int rc = x->writable ? disk_flush_co(n) : 0;
+    int rc = x->writable ? disk_flush_co(x->base.node) : 0;
     export_free(x);
-    node_unref_co(n);
     return rc;
 }

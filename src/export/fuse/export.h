@@ -19,6 +19,10 @@
  * Holes: SEEK_DATA/SEEK_HOLE come from the map; punching and zeroing with fallocate() become
  * discard and zero requests.  No file grows, shrinks, comes or goes.
  *
+ * An export as others are (export/export.h): clients are the open files.  Paused, it takes no
+ * requests; what the kernel has cached is asked for before, so that a commit has all that was
+ * written.  remove_co with `hard` takes the name away at once.
+ *
  * Facts: libfuse/libfuse include/fuse_lowlevel.h; Linux Documentation/filesystems/fuse.rst.
  */
 #ifndef STRATA_EXPORT_FUSE_EXPORT_H
@@ -31,6 +35,7 @@
 struct loop;
 struct node;
 struct err;
+struct export;
 struct fuse_export;
 
 /* A file beside `disk`: bytes [offset, +length) of it. */
@@ -40,7 +45,8 @@ struct fuse_part {
 };
 
 struct fuse_export_opts {
-    struct node *node;      /* a reference is taken; granularity of all I/O is a byte */
+    const char *name;       /* what export.h calls it; copied */
+    struct node *node;      /* borrowed; outlives the export; granularity of all I/O is a byte */
     const char *mountpoint; /* an existing folder or regular file */
     const char *label;      /* shown as the device in mount lists */
     bool writable;          /* the node must be read-write then */
@@ -50,6 +56,8 @@ struct fuse_export_opts {
     /* All in the loop's context; each may be NULL. */
     void (*on_end)(void *arg);    /* the kernel has let go of the mount */
     void (*on_unused)(void *arg); /* the last open file was closed */
+    /* On a worker thread: what lies on top shall write here what it holds back. */
+    void (*sync)(void *arg);
     void *arg;
 };
 
@@ -59,6 +67,7 @@ struct fuse_export_opts {
  */
 int fuse_export_new_co(struct loop *loop, const struct fuse_export_opts *o,
                        struct fuse_export **out, struct err *e);
+struct export *fuse_export_base(struct fuse_export *x);
 /*
  * Asks the kernel to unmount while requests go on being served (what is cached comes as writes).
  * -EBUSY: files are open; then with `lazy` the name goes at once and on_end comes with the last

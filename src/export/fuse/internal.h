@@ -3,6 +3,7 @@
 #ifndef STRATA_EXPORT_FUSE_INTERNAL_H
 #define STRATA_EXPORT_FUSE_INTERNAL_H
 
+#include "export/export.h"
 #include "export/fuse/export.h"
 #include "export/fuse/lib.h"
 #include "runtime/task.h"
@@ -18,10 +19,10 @@ enum {
 #define INO_PART 3 /* the first partition's */
 
 struct fuse_export {
+    struct export base; /* first: export.h's view of it */
     const struct fuse_lib *lib;
     struct loop *loop;
     struct fuse_session *session;
-    struct node *node;
     char *mountpoint;
     struct fuse_part *parts;
     size_t nparts;
@@ -32,13 +33,17 @@ struct fuse_export {
     int64_t started; /* seconds: what every file shows as its times */
     void (*on_end)(void *arg);
     void (*on_unused)(void *arg);
+    void (*sync)(void *arg);
     void *arg;
     unsigned long open_files;
+    uint64_t served, errors, bytes_read, bytes_written; /* requests that reached the disk */
 
     struct task *reader, *stopper;
     bool ending, ended; /* the reader shall end; has ended */
     struct task_sem room;
     struct task_group requests;
+    unsigned paused;
+    struct waitq resumed;
     struct fuse_buf incoming; /* mem NULL: the next receive allocates one */
     bool taken;               /* the request being looked at keeps the buffer it came in */
     void *spare[SPARES_MAX];

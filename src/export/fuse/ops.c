@@ -27,7 +27,7 @@ struct span {
 /* Which bytes of the disk a file is; false for the folder. */
 static bool file_span(const struct fuse_export *x, fuse_ino_t ino, struct span *out) {
     if (ino == INO_DISK || (ino == INO_ROOT && x->as_file)) {
-        *out = (struct span){0, x->node->size};
+        *out = (struct span){0, x->base.node->size};
         return true;
     }
     if (x->as_file || ino < INO_PART || ino - INO_PART >= x->nparts)
@@ -52,7 +52,7 @@ static bool file_attr(const struct fuse_export *x, fuse_ino_t ino, struct stat *
     st->st_nlink = 1;
     st->st_size = (off_t)s.length;
     /* What the host holds of the disk cannot be split over the partitions. */
-    int64_t held = s.length == x->node->size ? disk_allocated(x->node) : -1;
+    int64_t held = s.length == x->base.node->size ? disk_allocated(x->base.node) : -1;
     st->st_blocks = (held < 0 ? st->st_size : held) / 512;
     return true;
 }
@@ -170,7 +170,7 @@ static void op_statfs(fuse_req_t req, fuse_ino_t ino) {
     const struct fuse_lib *f;
     struct fuse_export *x = export_of(req, &f);
     struct statvfs st = {.f_bsize = 4096, .f_frsize = 4096, .f_namemax = 255};
-    st.f_blocks = x->node->size / 4096;
+    st.f_blocks = x->base.node->size / 4096;
     st.f_files = x->nparts + 2;
     f->reply_statfs(req, &st);
 }
@@ -206,26 +206,27 @@ struct request {
     const void *data;
 };
 
-static void read_co(struct request *r) {
+static int read_co(struct request *r) {
     const struct fuse_lib *f = r->x->lib;
     void *buf = buf_get(r->length);
     if (!buf) {
         f->reply_err(r->req, ENOMEM);
-        return;
+        return -ENOMEM;
     }
-    int rc = disk_pread_co(r->x->node, r->offset, buf, r->length);
+    int rc = disk_pread_co(r->x->base.node, r->offset, buf, r->length);
     if (rc < 0)
         f->reply_err(r->req, -rc);
     else
         f->reply_buf(r->req, buf, r->length);
     buf_put(buf, r->length);
+    return rc;
 }
 
 static int seek_co(struct request *r, uint64_t *found) {
     uint64_t end = r->file.offset + r->file.length;
     for (uint64_t at = r->offset; at < end;) {
         struct status st;
-        int rc = disk_status_co(r->x->node, at, end - at, STATUS_PRECISE, &st);
+        int rc = disk_status_co(r->x->base.node, at, end - at, STATUS_PRECISE, &st);
         if (rc < 0)
             return rc;
         if ((r->whence == SEEK_DATA) != st.zero) {
@@ -246,10 +247,10 @@ static void request_co(void *arg) {
     int rc = 0;
     switch (r->kind) {
     case READ:
-        read_co(r);
+        rc = read_co(r);
         break;
     case WRITE:
-        rc = disk_pwrite_co(x->node, r->offset, r->data, r->length);
+        rc = disk_pwrite_co(x->base.node, r->offset, r->data, r->length);
         if (rc < 0)
             f->reply_err(r->req, -rc);
         else
@@ -264,15 +265,20 @@ static void request_co(void *arg) {
             f->reply_lseek(r->req, (off_t)found);
         break;
     case FLUSH:
-        f->reply_err(r->req, -disk_flush_co(x->node));
+        f->reply_err(r->req, -(rc = disk_flush_co(x->base.node)));
         break;
     case ZERO:
-        f->reply_err(r->req, -disk_zero_co(x->node, r->offset, r->length, 0));
+        f->reply_err(r->req, -(rc = disk_zero_co(x->base.node, r->offset, r->length, 0)));
         break;
     case PUNCH:
-        f->reply_err(r->req, -disk_zero_co(x->node, r->offset, r->length, ZERO_MAY_UNMAP));
+        rc = disk_zero_co(x->base.node, r->offset, r->length, ZERO_MAY_UNMAP);
+        f->reply_err(r->req, -rc);
         break;
     }
+    x->served++;
+    x->bytes_read += r->kind == READ && rc == 0 ? r->length : 0;
+    x->bytes_written += r->kind == WRITE && rc == 0 ? r->length : 0;
+    x->errors += rc < 0 && !(r->kind == SEEK && rc == -ENXIO); /* that is an answer */
     task_sem_up(&x->room, 1);
     free(r);
 }
@@ -305,6 +311,8 @@ static void start(struct request proto) {
     if (r->kind == WRITE)
         r->received = fuse_take_buffer(x);
     task_sem_down_co(&x->room, 1);
+    while (x->paused && !x->ending)
+        waitq_wait_co(&x->resumed);
     task_group_spawn(&x->requests, x->loop, request_co, r);
 }
 
