@@ -20,13 +20,14 @@ options() {
     qcow2_image) echo "-max_len=16384 -dict=tests/fuzz/qcow2.dict" ;;
     qcow2_ops | qcow2_tasks) echo "-max_len=2048" ;;
     nbd_session) echo "-max_len=8192 -dict=tests/fuzz/nbd.dict" ;;
+    vhost_session) echo "-max_len=4096" ;;
     options) echo "-max_len=2048 -dict=tests/fuzz/options.dict" ;;
     *_image) echo "-max_len=16384 -dict=tests/fuzz/formats.dict" ;;
     *_ops) echo "-max_len=2048" ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session options {vdi,vpc,qed,qcow,parallels}_{image,ops} \
+[ $# -gt 0 ] || set -- qcow2_image qcow2_ops qcow2_tasks nbd_session vhost_session options {vdi,vpc,qed,qcow,parallels}_{image,ops} \
     bochs_image cloop_image dmg_image
 status=0
 mkdir -p build-fuzz/found

@@ -224,6 +224,87 @@ def make_nbd(rng):
         request(1, rng.randrange(262144 - 600), 512, 0, b"w" * 512) for _ in range(12)) + request(2)
 
 
+def vhost_chain(sector, kind, packed, indirect=False, length=512, turn=0, head=0):
+    """Records of memory: one request of a header, data and a status, in a ring of eight at its beginning; the first or
+    (turn 1) second one there."""
+    guest, write = 0x10000, kind == 1
+    parts = [(0x4000, 16, 0), (0x5000, length, 0 if write else 2), (0x4100, 1, 2)]
+    if kind in (4, 99):
+        del parts[1]
+    out = []
+
+    def put(at, data):
+        for i in range(0, len(data), 255):
+            out.append(struct.pack(">HB", at + i, len(data[i:i + 255])) + data[i:i + 255])
+
+    put(0x4000, struct.pack("<IIQ", kind, 0, sector))
+    if write:
+        put(0x5000, b"w" * 512)
+    if kind in (11, 13):
+        put(0x5000, struct.pack("<QII", sector, 8, 0))
+        parts[1] = (0x5000, 16, 0)
+    table = b""
+    for i, (at, n, flags) in enumerate(parts):
+        more = i + 1 < len(parts)
+        if packed:
+            table += struct.pack("<QIHH", guest + at, n, 0, flags | (0 if indirect else 0x80 | more))
+        else:
+            table += struct.pack("<QIHH", guest + at, n, flags | more, i + 1 if more else 0)
+    if indirect:
+        put(0x6000, table)
+        table = struct.pack("<QIHH", guest + 0x6000, len(table), *((0, 0x84) if packed else (4, 0)))
+    put(16 * 3 * turn if packed else 0, table)
+    if not packed:
+        put(0x1000, struct.pack("<HHHH", 0, 1 + turn, head, head))
+    return b"".join(out)
+
+
+def vhost_message(kind, payload=b"", fds=0, which=0, ask=1):
+    return bytes([kind, ask | which << 2 | fds << 4, len(payload)]) + payload
+
+
+def make_vhost(rng):
+    kick, patch, shrink = b"\xff", b"\xfe", b"\xfd"
+    region = struct.pack("<QQQQ", 0x10000, 65536, 0x200000, 0)
+    other = struct.pack("<QQQQQ", 0, 0x80000, 4096, 0x900000, 4096)
+    for mode in (1, 3, 5, 9, 13, 21, 53, 129, 137, 65, 69, 73, 85, 193, 213):
+        packed = bool(mode & 64)
+        for kind in (0, 1, 4, 8, 11, 13, 99):
+            memory = vhost_chain(8, kind, packed, kind == 8, 20 if kind == 8 else 512)
+            yield f"ring-{mode}-{kind}", bytes([mode]) + kick + b"MEM1" + memory
+    base = vhost_message(11, struct.pack("<II", 0, 0))
+    back = (vhost_message(10, struct.pack("<II", 0, 0)) + vhost_message(13, struct.pack("<Q", 0), 2, 1)
+            + vhost_message(12, struct.pack("<Q", 0), 1, 1))
+    table = vhost_message(5, struct.pack("<II", 1, 0) + region, 1)
+    flight = vhost_message(31, struct.pack("<QQHHI", 0, 0, 1, 8, 0))
+    ours = vhost_message(32, struct.pack("<QQHHI", 4096, 0, 1, 8, 0), 1, 2)
+    for mode in (1, 9, 129, 65, 73):
+        head = bytes([mode])
+        memory = (b"MEM1" + vhost_chain(8, 1, mode > 64 and mode < 128) + b"\0\0\0"
+                  + vhost_chain(8, 0, mode > 64 and mode < 128, turn=1))
+        yield f"again-{mode}", head + kick + flight + patch + kick + memory
+        yield f"stop-{mode}", head + kick + base + back + kick + base + memory
+        yield f"tables-{mode}", head + kick + table + kick + table + patch + kick + memory
+        yield f"flight-{mode}", head + flight + base + back + kick + flight + kick + ours + patch + kick + memory
+        yield f"shrink-{mode}", head + kick + patch + shrink + kick + base + memory
+        yield f"slots-{mode}", (head + vhost_message(37, other, 1) + vhost_message(38, other) + vhost_message(38, other)
+                                + kick + memory)
+        yield f"reset-{mode}", head + kick + vhost_message(34) + vhost_message(4) + kick + memory
+        yield f"kicks-{mode}", (head + vhost_message(12, struct.pack("<Q", 0), 1, 3)
+                                + vhost_message(12, struct.pack("<Q", 0x100)) + memory)
+    yield "head", b"\x09" + kick + b"MEM1" + vhost_chain(8, 1, False, head=0xfff0)
+    for i, inflight in enumerate([(1, 8, 0xffff, 5), (1, 8, 7, 1), (1, 7, 0, 0), (1, 8, 0, 0, 0, 0, 0, 0, 1)]):
+        backwards = struct.pack(f"<{len(inflight)}H", *inflight)[::-1]
+        yield f"inflight-{i}", (b"\x09" + kick + b"MEM1" + vhost_chain(8, 1, False)
+                                + struct.pack(">HB", 0x7000, len(backwards)) + backwards)
+    asks = b"".join(vhost_message(k, b"", 0, 0, 0) for k in (1, 15, 17, 36, 3))
+    config = vhost_message(24, struct.pack("<III", 0, 60, 0) + bytes(60)) + vhost_message(25, struct.pack("<IIIB", 32, 1, 0, 1))
+    yield "asks", b"\0" + asks + config + vhost_message(99)
+    yield "descriptors", b"\0" + b"".join(vhost_message(k, bytes(8), n, w) for k in (1, 5, 12, 14, 32)
+                                          for n, w in ((1, 0), (9, 1), (15, 3)))
+    yield "cut", b"\0\xfc\x0d" + vhost_message(5, struct.pack("<II", 1, 0) + region, 8)
+
+
 def make_options():
     texts = {
         0: ["size=1G,cluster_size=64k", "a.b.c=1,a.b.d=2", "x=,,y,z", "preallocation=full,size=0x10",
@@ -249,7 +330,7 @@ def main():
     images = itertools.chain(make_images(strata, rng), make_verb_images(strata, rng), make_peer_images(rng))
     targets = {"qcow2_image": images, "qcow2_ops": make_ops(rng),
                "qcow2_tasks": make_tasks(rng),
-               "nbd_session": make_nbd(rng), "options": make_options()}
+               "nbd_session": make_nbd(rng), "vhost_session": make_vhost(random.Random(2)), "options": make_options()}
     for kind, some in (("image", seeds_formats.image_seeds(strata, sparse, programs, rng)),
                        ("ops", seeds_formats.ops_seeds(rng))):
         for fmt, seed, data in some:
