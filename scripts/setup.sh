@@ -10,7 +10,7 @@ set -euo pipefail
 
 machine=$(uname -m)
 case $machine in
-x86_64) qemu="qemu-system-x86 seabios" ;;
+x86_64) qemu="qemu-system-x86 seabios ovmf" ;;
 aarch64) qemu="qemu-system-arm qemu-efi-aarch64" ;;
 *) qemu="" ;;
 esac

@@ -6,242 +6,173 @@
  *                                                     all of this in our loop | the child
  *
  * Order.  Everything that can be refused is refused before QEMU starts: options, names, locks,
- * existing --keep files.  Then: servers, signals, terminal state saved, child, wait.  Afterwards,
- * whatever ended the child (its own exit, a signal to us, its death): terminal restored, servers
- * stopped (their requests have finished), then keep, commit or throw away, then the nodes closed.
+ * existing --keep files, missing firmware.  Then: servers, signals, terminal state saved, child,
+ * wait.  Afterwards, whatever ended the child (its own exit, a signal to us, its death): terminal
+ * restored, servers stopped (their requests have finished), then keep, commit or throw away, then
+ * the nodes closed.
  *
  * Invariants
- *  1. The user said what becomes of the guest's writes: --snapshot or --write, never a default.
- *  2. With --snapshot the base is open read-only until a commit.
- *  3. A commit happens only after the guest ended by itself with status 0: what a killed or crashed
- *     guest left half-written goes nowhere near the base unasked.  --keep saves it in any case.
- *  4. When a commit fails, the overlay is saved beside the base before it is closed: the guest's
- *     work is never lost to a full disk.
+ *  1. The user said what becomes of the guest's writes: --snapshot or --write (for all disks, or
+ * behind a name), never a default.
+ *  2. Whatever has a name and is not the user's to keep (a monitor's socket, a stateless overlay)
+ *     is known to the janitor from the moment it is there: killed or not, we leave nothing.
+ *  Those of disks and of their end are in run_disks.c and run_settle.c.
  *
  * The exit status is the guest's: QEMU's own, 128 + n when signal n killed it or asked us to stop.
  */
 #include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <termios.h>
-#include <unistd.h>
-#include <sys/socket.h>
 #include "base/bytes.h"
-#include "base/size.h"
-#include "cli/cli.h"
-#include "control/control.h"
-#include "disk/io.h"
-#include "disk/node.h"
+#include "cli/run.h"
 #include "disk/open.h"
-#include "disk/overlay.h"
-#include "export/nbd/server.h"
-#include "export/vhost/server.h"
-#include "job/copy.h"
-#include "job/fat_commit.h"
-#include "runtime/loop.h"
-#include "vm/vm.h"
-
-/* QEMU says hello as soon as it runs; on a loaded machine that may take a while. */
-#define HANDSHAKE_NS 60000000000LL
-
-struct args {
-    struct cli_image image;
-    bool snapshot, write, commit, nographic, no_net, quiet;
-    struct cli_list keep, forward;
-    const char *scratch;
-    uint64_t scratch_size;
-    const char *memory;
-    uint64_t smp;
-    int accel, transport;
-    const char *cdrom, *boot, *kernel, *initrd, *append, *vnc, *qemu, *control;
-};
+#include "vm/ssh.h"
 
 static const struct cli_opt opts[] = {
     CLI_FLAG(
-        struct args, snapshot, 0, "snapshot",
+        struct run_args, snapshot, 0, "snapshot",
         "the guest writes to a temporary overlay that is thrown away; the disk stays as it is"),
-    CLI_FLAG(struct args, write, 0, "write", "the guest writes to the disk itself"),
-    CLI_FLAG(struct args, commit, 0, "commit-on-exit",
+    CLI_FLAG(struct run_args, write, 0, "write", "the guest writes to the disk itself"),
+    CLI_LIST(struct run_args, stateless, 0, "stateless", "FILE",
+             "the guest writes to an overlay made at FILE, which is deleted at the end; once for "
+             "each disk without a mode, in order"),
+    CLI_FLAG(struct run_args, keep_overlay, 0, "keep-overlay",
+             "with --stateless: the overlay stays"),
+    CLI_FLAG(struct run_args, commit, 0, "commit-on-exit",
              "with --snapshot: write the changes into the disk when the guest has ended well"),
-    CLI_LIST(struct args, keep, 0, "keep", "FILE",
-             "with --snapshot: save the changes as a qcow2 overlay; once for each disk, in order"),
-    CLI_STR(struct args, scratch, 0, "scratch", "DIR",
+    CLI_LIST(
+        struct run_args, keep, 0, "keep", "FILE",
+        "with --snapshot: save the changes as a qcow2 overlay; once for each such disk, in order"),
+    CLI_STR(struct run_args, scratch, 0, "scratch", "DIR",
             "folder of the temporary overlay ($TMPDIR, else /var/tmp), or memory:SIZE"),
-    CLI_SIZE(struct args, scratch_size, 0, "scratch-size", "SIZE", 0, 0, INT64_MAX,
+    CLI_SIZE(struct run_args, scratch_size, 0, "scratch-size", "SIZE", 0, 0, INT64_MAX,
              "the most space that the overlay of each disk may use; 0 is no limit"),
-    CLI_IMAGE_ROWS(struct args, image),
-    CLI_STR(struct args, memory, 'm', "memory", "SIZE",
+    CLI_IMAGE_ROWS(struct run_args, image),
+    CLI_STR(struct run_args, memory, 'm', "memory", "SIZE",
             "memory of the guest, in MiB or with a "
             "suffix (default 1G)"),
-    CLI_U64(struct args, smp, 0, "smp", "N", 1, 1, 255, "processors of the guest"),
-    CLI_ENUM(struct args, accel, 0, "accel", "HOW", vm_accel_names, VM_ACCEL_AUTO,
+    CLI_U64(struct run_args, smp, 0, "smp", "N", 1, 1, 255, "processors of the guest"),
+    CLI_ENUM(struct run_args, accel, 0, "accel", "HOW", vm_accel_names, VM_ACCEL_AUTO,
              "kvm, tcg (emulation), or auto: kvm where the machine has it"),
-    CLI_ENUM(struct args, transport, 0, "transport", "HOW", vm_transport_names,
+    CLI_ENUM(struct run_args, transport, 0, "transport", "HOW", vm_transport_names,
              VM_TRANSPORT_VHOST_USER,
              "how disks reach the guest: vhost-user (in its own memory), or nbd"),
-    CLI_STR(struct args, cdrom, 0, "cdrom", "FILE", "a CD image, read-only"),
-    CLI_STR(struct args, boot, 0, "boot", "ORDER",
+    CLI_STR(struct run_args, cdrom, 0, "cdrom", "FILE", "a CD image, read-only"),
+    CLI_STR(struct run_args, boot, 0, "boot", "ORDER",
             "what to boot from: letters c (disk), d (CD), n (network), in order"),
-    CLI_STR(struct args, kernel, 0, "kernel", "FILE", "boot this Linux kernel directly"),
-    CLI_STR(struct args, initrd, 0, "initrd", "FILE", "initial RAM disk of that kernel"),
-    CLI_STR(struct args, append, 0, "append", "TEXT", "command line of that kernel"),
-    CLI_FLAG(struct args, nographic, 0, "nographic",
+    CLI_STR(struct run_args, kernel, 0, "kernel", "FILE", "boot this Linux kernel directly"),
+    CLI_STR(struct run_args, initrd, 0, "initrd", "FILE", "initial RAM disk of that kernel"),
+    CLI_STR(struct run_args, append, 0, "append", "TEXT", "command line of that kernel"),
+    CLI_FLAG(struct run_args, nographic, 0, "nographic",
              "serial console on this terminal; Ctrl-A X ends the guest"),
-    CLI_STR(struct args, vnc, 0, "vnc", "DISPLAY",
+    CLI_STR(struct run_args, vnc, 0, "vnc", "DISPLAY",
             "screen over VNC; :N is this machine only, 0.0.0.0:N is everybody"),
-    CLI_LIST(struct args, forward, 0, "forward", "[ADDR:]HOST:GUEST",
+    CLI_STR(struct run_args, monitor, 0, "monitor", "WHERE",
+            "QEMU's own monitor: stdio, unix:PATH, tcp:[ADDR:]PORT or telnet:[ADDR:]PORT"),
+    CLI_FLAG(struct run_args, uefi, 0, "uefi",
+             "boot with UEFI firmware (OVMF); what it stores is thrown away"),
+    CLI_STR(struct run_args, net, 0, "net", "HOW",
+            "user (a network of its own behind this machine; the default), tap=NAME, bridge=NAME "
+            "or none"),
+    CLI_LIST(struct run_args, forward, 0, "forward", "[ADDR:]HOST:GUEST",
              "make the guest's TCP port GUEST reachable at the host's port HOST"),
-    CLI_FLAG(struct args, no_net, 0, "no-net", "no network card"),
-    CLI_STR(struct args, control, 0, "control", "SOCKET",
+    CLI_FLAG(struct run_args, no_net, 0, "no-net", "the old name of --net none"),
+    CLI_FLAG(struct run_args, ssh, 0, "ssh",
+             "wait for the guest's sshd and open a session here; the guest ends with it"),
+    CLI_STR(struct run_args, ssh_user, 0, "ssh-user", "NAME", "who logs in with --ssh"),
+    CLI_STR(struct run_args, control, 0, "control", "SOCKET",
             "take commands on this unix socket; see strata ctl.  The disks are disk0, disk1 ..."),
-    CLI_STR(struct args, qemu, 0, "qemu", "PROGRAM",
+    CLI_STR(struct run_args, qemu, 0, "qemu", "PROGRAM",
             "the QEMU to start instead of the installed one"),
-    CLI_QUIET_ROW(struct args, quiet),
+    CLI_FLAG(struct run_args, print, 0, "print",
+             "show the command line of QEMU, quoted for a shell, and start nothing"),
+    CLI_QUIET_ROW(struct run_args, quiet),
     CLI_END};
-
-struct disk {
-    const char *name; /* as the user gave it */
-    struct control_disk d;
-    struct nbd_server *server;
-    struct vhost_server *vhost; /* instead of it */
-    int guest_fd;               /* QEMU's end, ours to close; -1 none */
-    bool cdrom;
-};
-
-struct run {
-    struct verb_ctx *ctx;
-    const struct args *a;
-    struct disk disks[VM_DRIVES_MAX];
-    unsigned ndisks;
-    struct vm_forward forwards[VM_FORWARDS_MAX];
-    uint64_t memory;
-    struct control_disk *control_disks[VM_DRIVES_MAX];
-    struct control *control;
-    struct vm *vm;
-    int signo; /* first signal that asked us to stop; 0 none */
-    bool ended;
-};
 
 /* ---------------------------------------------------------------- what may not be asked for */
 
-static int check_outcome(struct verb_ctx *ctx, const struct args *a) {
-    struct err *e = &ctx->err;
-    if (a->snapshot == a->write) {
-        err_set(e, EINVAL,
-                a->snapshot ? "--snapshot and --write exclude each other"
-                            : "say what becomes of what the guest writes: --snapshot "
-                              "throws it away at the end, --write keeps it in the disk");
-        if (!a->snapshot)
-            err_hint(e, "strata run --snapshot %s", ctx->pos[0]);
-        return -EINVAL;
-    }
-    if (a->write && (a->commit || a->keep.n || a->scratch || a->scratch_size))
+static int check_net(struct run *r) {
+    const struct run_args *a = r->a;
+    struct err *e = &r->ctx->err;
+    int ret = vm_net_parse(a->net ? a->net : a->no_net ? "none" : "user", &r->net, e);
+    if (ret < 0)
+        return ret;
+    if (a->no_net && r->net.kind != VM_NET_NONE)
+        return err_set(e, EINVAL, "--no-net and --net %s exclude each other", a->net);
+    if (a->forward.n && r->net.kind == VM_NET_NONE)
+        return err_set(e, EINVAL, "--forward needs a network card, and %s takes it away",
+                       a->no_net ? "--no-net" : "--net none");
+    if ((a->forward.n || a->ssh) && r->net.kind != VM_NET_USER)
         return err_set(e, EINVAL,
-                       "--commit-on-exit, --keep, --scratch and --scratch-size are for "
-                       "--snapshot; with --write the disk is written directly");
-    if (a->commit && a->keep.n)
-        return err_set(e, EINVAL, "--commit-on-exit and --keep exclude each other");
-    if (a->keep.n && a->keep.n != (size_t)ctx->pos_n)
-        return err_set(e, EINVAL, "%zu --keep for %d disks: give one for each, in order", a->keep.n,
-                       ctx->pos_n);
-    for (size_t i = 0; i < a->keep.n; i++) {
-        if (access(a->keep.v[i], F_OK) == 0)
-            return err_set(e, EEXIST, "--keep %s: the file exists", a->keep.v[i]);
+                       "%s needs --net user: only there does QEMU know the guest's address",
+                       a->forward.n ? "--forward" : "--ssh");
+    if (a->forward.n + a->ssh > VM_FORWARDS_MAX)
+        return err_set(e, EINVAL, "%zu --forward; at most %d", a->forward.n,
+                       VM_FORWARDS_MAX - a->ssh);
+    for (size_t i = 0; i < a->forward.n; i++) {
+        ret = vm_forward_parse(a->forward.v[i], &r->forwards[r->nforwards++], e);
+        if (ret < 0)
+            return ret;
     }
     return 0;
 }
 
-static int check_machine(struct run *r) {
-    const struct args *a = r->a;
+/* --ssh has the terminal, and a port of its own. */
+static int check_ssh(struct run *r) {
+    const struct run_args *a = r->a;
     struct err *e = &r->ctx->err;
-    if (r->ctx->pos_n + (a->cdrom != NULL) > VM_DRIVES_MAX)
-        return err_set(e, EINVAL, "%d disks; at most %d", r->ctx->pos_n, VM_DRIVES_MAX);
+    if (!a->ssh)
+        return a->ssh_user ? err_set(e, EINVAL, "--ssh-user is for --ssh") : 0;
+    if (a->nographic)
+        return err_set(e, EINVAL,
+                       "--ssh and --nographic exclude each other: both use the terminal");
+    if (a->ssh_user && (!*a->ssh_user || *a->ssh_user == '-'))
+        return err_set(e, EINVAL, "--ssh-user %s: not a user's name", a->ssh_user);
+    int ret = vm_ssh_find(e);
+    if (ret == 0)
+        ret = vm_free_port(&r->ssh_port, e);
+    if (ret == 0) {
+        struct vm_forward *f = &r->forwards[r->nforwards++];
+        *f = (struct vm_forward){.addr = "127.0.0.1", .host = r->ssh_port, .guest = 22};
+    }
+    return ret;
+}
+
+static int check_monitor(struct run *r) {
+    const struct run_args *a = r->a;
+    struct err *e = &r->ctx->err;
+    if (!a->monitor)
+        return 0;
+    int ret = vm_monitor_parse(a->monitor, &r->monitor, e);
+    if (ret < 0 || r->monitor.kind != VM_MONITOR_STDIO || !(a->ssh || a->nographic))
+        return ret;
+    err_set(e, EINVAL, "--monitor stdio and --%s exclude each other: both use the terminal",
+            a->ssh ? "ssh" : "nographic");
+    if (a->nographic)
+        err_hint(e, "with --nographic the monitor is there already: Ctrl-A C");
+    return -EINVAL;
+}
+
+static int check_machine(struct run *r) {
+    const struct run_args *a = r->a;
+    struct err *e = &r->ctx->err;
     if (a->nographic && a->vnc)
         return err_set(e, EINVAL, "--nographic and --vnc exclude each other");
     if (!a->kernel && (a->initrd || a->append))
         return err_set(e, EINVAL, "--initrd and --append need --kernel");
     if (a->boot && (!*a->boot || a->boot[strspn(a->boot, "acdnop")]))
         return err_set(e, EINVAL, "--boot %s: an order is letters such as c, d and n", a->boot);
-    if (a->no_net && a->forward.n)
-        return err_set(e, EINVAL, "--forward needs a network card, and --no-net takes it away");
-    if (a->forward.n > VM_FORWARDS_MAX)
-        return err_set(e, EINVAL, "%zu --forward; at most %d", a->forward.n, VM_FORWARDS_MAX);
-    for (size_t i = 0; i < a->forward.n; i++) {
-        int ret = vm_forward_parse(a->forward.v[i], &r->forwards[i], e);
-        if (ret < 0)
-            return ret;
-    }
+    int ret = check_net(r);
+    if (ret == 0)
+        ret = check_ssh(r);
+    if (ret == 0)
+        ret = check_monitor(r);
+    if (ret < 0)
+        return ret;
     return vm_memory_parse(a->memory ? a->memory : "1G", &r->memory, e);
 }
 
-/* ---------------------------------------------------------------- disks */
-
-/* One for each processor of the guest, as far as that goes. */
-static unsigned queues(const struct args *a) {
-    return a->smp < VHOST_QUEUES_MAX ? (unsigned)a->smp : VHOST_QUEUES_MAX;
-}
-
-static int start_vhost(struct run *r, struct disk *d, int fd) {
-    struct vhost_server_opts o = {.name = d->name,
-                                  .node = d->d.node,
-                                  .queues = queues(r->a),
-                                  .block_size = 512,
-                                  .connected = true};
-    int ret = vhost_server_new(r->ctx->loop, fd, &o, &d->vhost, &r->ctx->err);
-    if (ret == 0)
-        d->d.export = vhost_server_export(d->vhost);
-    return ret;
-}
-
-static int start_nbd(struct run *r, struct disk *d, int fd) {
-    struct nbd_server_opts so = {.max_clients = 1, .handshake_timeout_ns = HANDSHAKE_NS};
-    struct nbd_export_opts x = {.name = "", .node = d->d.node, .read_only = d->cdrom};
-    int ret = nbd_server_new(r->ctx->loop, &so, &d->server, &r->ctx->err);
-    if (ret == 0)
-        ret = nbd_server_add(d->server, &x, &d->d.export, &r->ctx->err);
-    if (ret < 0) {
-        close(fd);
-        return ret;
-    }
-    return nbd_server_attach(d->server, fd, &r->ctx->err);
-}
-
-static int open_disk_co(struct run *r, const char *name, bool cdrom) {
-    struct verb_ctx *ctx = r->ctx;
-    const struct args *a = r->a;
-    struct disk *d = &r->disks[r->ndisks++];
-    struct cli_image image = a->image;
-    unsigned flags = a->write && !cdrom ? OPEN_RW | OPEN_UNMAP : OPEN_UNMAP;
-    int fds[2], ret;
-
-    *d = (struct disk){.name = name, .cdrom = cdrom, .guest_fd = -1};
-    d->d.name = cdrom ? xstrdup("cdrom") : xasprintf("disk%u", r->ndisks - 1);
-    r->control_disks[r->ndisks - 1] = &d->d;
-    if (cdrom)
-        image = (struct cli_image){.format = "raw", .cache = a->image.cache};
-    ret = cli_open_co(ctx, name, &image, flags, &d->d.node);
-    if (ret < 0)
-        return ret;
-    if (a->commit && !cdrom && fat_commit_is_for(d->d.node) &&
-        (ret = fat_commit_check(d->d.node, &ctx->err)) < 0)
-        return ret;
-    if (a->snapshot && !cdrom) {
-        d->d.scratch = (struct overlay_opts){a->scratch, a->scratch_size};
-        ret = control_disk_snapshot_co(&d->d, &ctx->err);
-        if (ret < 0)
-            return ret;
-    }
-
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
-        return err_errno(&ctx->err, errno, "cannot make a socket pair");
-    d->guest_fd = fds[1];
-    fcntl(fds[0], F_SETFL, O_NONBLOCK); /* of our end only: each has its own flags */
-    if (a->transport == VM_TRANSPORT_VHOST_USER && !cdrom)
-        return start_vhost(r, d, fds[0]);
-    return start_nbd(r, d, fds[0]);
-}
+/* ---------------------------------------------------------------- the order of it all */
 
 static int start_control(struct run *r) {
     struct control_opts o = {.program = "run", .disks = r->control_disks, .ndisks = r->ndisks};
@@ -249,285 +180,69 @@ static int start_control(struct run *r) {
                          : 0;
 }
 
-static void stop_servers_co(struct run *r) {
-    control_stop_co(r->control);
-    r->control = NULL;
-    for (unsigned i = 0; i < r->ndisks; i++) {
-        struct disk *d = &r->disks[i];
-        if (d->guest_fd >= 0)
-            close(d->guest_fd);
-        d->guest_fd = -1;
-        if (d->server) {
-            nbd_server_stop_co(d->server);
-            d->d.export = NULL;
-            nbd_server_free(d->server);
-        }
-        d->server = NULL;
-        if (d->vhost) {
-            vhost_server_stop_co(d->vhost);
-            d->d.export = NULL;
-        }
-        d->vhost = NULL;
-    }
+/* Where something has a name, somebody has to be left to remove it. */
+static int run_prepare(struct verb_ctx *ctx) {
+    struct run_args *a = ctx->args;
+    a->janitor.fd = -1;
+    bool named = a->stateless.n || (a->monitor && !strncmp(a->monitor, "unix:", 5));
+    return named && !a->print ? janitor_start(&a->janitor, &ctx->err) : 0;
 }
 
-static void close_disks_co(struct run *r) {
-    stop_servers_co(r);
-    for (unsigned i = 0; i < r->ndisks; i++)
-        control_disk_close_co(&r->disks[i].d);
-}
-
-/* ---------------------------------------------------------------- signals and terminal */
-
-static const int stop_signals[] = {SIGINT, SIGTERM, SIGHUP};
-
-static void on_signal(void *arg, int signo) {
-    struct run *r = arg;
-    if (!r->signo)
-        r->signo = signo;
-    if (r->vm && !r->ended)
-        vm_stop(r->vm);
-    else if (r->ended)
-        cli_print_warning(r->ctx, "finishing what was begun first");
-}
-
-static int watch_signals(struct run *r) {
-    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++) {
-        struct sigaction was;
-        if (sigaction(stop_signals[i], NULL, &was) == 0 && was.sa_handler == SIG_IGN)
-            continue; /* nohup: stays ignored */
-        int ret = loop_on_signal(r->ctx->loop, stop_signals[i], on_signal, r);
-        if (ret < 0)
-            return err_errno(&r->ctx->err, -ret, "cannot watch signal %d", stop_signals[i]);
-    }
-    return 0;
-}
-
-static void unwatch_signals(struct run *r) {
-    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++)
-        loop_off_signal(r->ctx->loop, stop_signals[i]);
-}
-
-/*
- * Ctrl-C reaches QEMU and us alike, and QEMU may be gone before our loop has looked at its signals:
- * what is still pending when the child has ended counts.
- */
-static int pending_stop_signal(void) {
-    sigset_t set;
-    sigpending(&set);
-    for (size_t i = 0; i < sizeof(stop_signals) / sizeof(*stop_signals); i++)
-        if (sigismember(&set, stop_signals[i]) == 1)
-            return stop_signals[i];
-    return 0;
-}
-
-/* QEMU changes these for its serial console, and restores them unless it is killed. */
-struct terminal {
-    bool is_tty;
-    struct termios modes;
-    int flags[3];
-};
-
-static void terminal_save(struct terminal *t) {
-    t->is_tty = isatty(0) && tcgetattr(0, &t->modes) == 0;
-    for (int fd = 0; fd < 3; fd++)
-        t->flags[fd] = fcntl(fd, F_GETFL);
-}
-
-static void terminal_restore(const struct terminal *t) {
-    if (t->is_tty)
-        tcsetattr(0, TCSADRAIN, &t->modes);
-    for (int fd = 0; fd < 3; fd++) {
-        if (t->flags[fd] >= 0 && fcntl(fd, F_GETFL) != t->flags[fd])
-            fcntl(fd, F_SETFL, t->flags[fd]);
-    }
-}
-
-/* ---------------------------------------------------------------- the guest */
-
-static void say_acceleration(const struct run *r, enum vm_accel accel) {
-    if (r->a->accel == VM_ACCEL_AUTO && accel == VM_ACCEL_TCG && !r->a->quiet)
-        fprintf(stderr, "strata: run: no KVM on this machine: the guest is emulated, and slower\n");
-}
-
-/* The guest's exit status, or -errno with ctx->err when it never ran. */
-static int guest_co(struct run *r) {
-    const struct args *a = r->a;
-    AUTO_FREE char *vnc = a->vnc ? vm_vnc_display(a->vnc) : NULL;
-    struct vm_drive drives[VM_DRIVES_MAX];
-    struct terminal tty;
-    struct vm_opts vo = {
-        .qemu = a->qemu,
-        .accel = a->accel == VM_ACCEL_AUTO ? vm_accel_detect() : (enum vm_accel)a->accel,
-        .memory = r->memory,
-        .smp = (unsigned)a->smp,
-        .boot = a->boot,
-        .kernel = a->kernel,
-        .initrd = a->initrd,
-        .append = a->append,
-        .nographic = a->nographic,
-        .vnc = vnc,
-        .net = !a->no_net,
-        .forwards = r->forwards,
-        .nforwards = (unsigned)a->forward.n,
-        .drives = drives,
-        .ndrives = r->ndisks,
-        .extra = r->ctx->rest,
-    };
-    for (unsigned i = 0; i < r->ndisks; i++)
-        drives[i] = (struct vm_drive){.fd = r->disks[i].guest_fd,
-                                      .cdrom = r->disks[i].cdrom,
-                                      .queues = r->disks[i].vhost ? queues(a) : 0};
-
-    if (r->signo)
-        return 128 + r->signo;
-    say_acceleration(r, vo.accel);
-    terminal_save(&tty);
-    int ret = vm_start(r->ctx->loop, &vo, &r->vm, &r->ctx->err);
-    if (ret < 0)
-        return ret;
-    for (unsigned i = 0; i < r->ndisks; i++) { /* so that the server sees QEMU go */
-        close(r->disks[i].guest_fd);
-        r->disks[i].guest_fd = -1;
-    }
-    ret = vm_wait_co(r->vm);
-    r->ended = true;
-    if (!r->signo)
-        r->signo = pending_stop_signal();
-    terminal_restore(&tty);
-    vm_free(r->vm);
-    if (ret < 0)
-        return err_errno(&r->ctx->err, -ret, "lost sight of the guest");
-    return r->signo ? 128 + r->signo : ret;
-}
-
-/* ---------------------------------------------------------------- what stays */
-
-/* Saves what could not be committed; says where it is. */
-static void rescue_co(struct run *r, struct disk *d) {
-    struct err e AUTO_ERR = ERR_INIT;
-    AUTO_FREE char *name = xasprintf("%s.uncommitted.qcow2", d->name);
-    if (overlay_keep_co(d->d.node, name, false, &e) < 0) {
-        err_prefix(&e, "the guest's changes could not be saved either");
-        cli_print_error(r->ctx, &e);
-    } else {
-        cli_print_warning(r->ctx, "the guest's changes are saved in %s", name);
-    }
-}
-
-/* What the guest wrote and did not give back: the data in the overlay itself, whole clusters. */
-static uint64_t overlay_data_co(struct node *overlay) {
-    uint64_t sum = 0;
-    struct status st;
-    for (uint64_t at = 0; at < overlay->size; at += st.length) {
-        if (disk_status_co(overlay, at, overlay->size - at, STATUS_TOP_ONLY, &st) < 0)
-            break; /* only a figure for a message */
-        if (st.present && st.data)
-            sum += st.length;
-    }
-    return sum;
-}
-
-static int settle_snapshot_co(struct run *r, unsigned i, int status, struct err *e) {
-    const struct args *a = r->a;
-    struct disk *d = &r->disks[i];
-    char size[32];
-    AUTO_FREE char *name = cli_safe(d->name);
-
-    size_human(overlay_data_co(d->d.node), size);
-    if (a->keep.n) {
-        int ret = control_disk_finish_keep_co(&d->d, a->keep.v[i], e);
-        if (ret < 0)
-            return err_prefix(e, "keeping the changes of %s", name);
-        if (!a->quiet)
-            fprintf(stderr, "strata: run: kept %s of changes in %s; %s is unchanged\n", size,
-                    a->keep.v[i], name);
-        return 0;
-    }
-    if (a->commit && status == 0) {
-        int ret = control_disk_finish_commit_co(&d->d, e);
-        if (ret < 0) {
-            ret = err_prefix(e, "committing to %s", name);
-            if (!fat_commit_is_for(d->d.base)) /* which saves the disk itself */
-                rescue_co(r, d);
-            return ret;
-        }
-        if (!a->quiet)
-            fprintf(stderr, "strata: run: wrote %s of changes into %s\n", size, name);
-        return 0;
-    }
-    if (d->d.journal) {
-        err_set(e, EIO, "a commit to %s did not end", name);
-        err_hint(e, "strata commit %s completes it", d->d.journal);
-        return -EIO;
-    }
-    if (a->commit)
-        cli_print_warning(r->ctx, "the guest ended with status %d: nothing was committed", status);
-    if (!a->quiet)
-        fprintf(stderr, "strata: run: threw away %s that the guest wrote; %s is unchanged\n", size,
-                name);
-    return 0;
-}
-
-/* Keeps, commits, flushes or forgets, disk by disk; an error of one does not stop the others. */
-static int settle_co(struct run *r, int status) {
-    int result = status;
-    for (unsigned i = 0; i < r->ndisks; i++) {
-        struct disk *d = &r->disks[i];
-        struct err e AUTO_ERR = ERR_INIT;
-        int ret = 0;
-        if (d->cdrom)
-            continue;
-        if (r->a->snapshot) {
-            ret = settle_snapshot_co(r, i, status, &e);
-        } else {
-            ret = disk_flush_co(d->d.node);
-            if (ret < 0)
-                err_errno(&e, -ret, "%s: cannot flush what the guest wrote", d->name);
-        }
-        if (ret < 0) {
-            cli_print_error(r->ctx, &e);
-            result = result ? result : 1;
-        }
-    }
-    return result;
-}
-
-static int run_verb_co(struct verb_ctx *ctx) {
-    const struct args *a = ctx->args;
-    AUTO_FREE struct run *r = xcalloc(1, sizeof(*r));
-    int ret;
-
-    *r = (struct run){.ctx = ctx, .a = a};
-    ret = check_outcome(ctx, a);
-    if (ret < 0 || (ret = check_machine(r)) < 0)
-        return ret;
-    ret = watch_signals(r);
-    for (int i = 0; ret >= 0 && i < ctx->pos_n; i++)
-        ret = open_disk_co(r, ctx->pos[i], false);
-    if (ret >= 0 && a->cdrom)
-        ret = open_disk_co(r, a->cdrom, true);
+/* From the first open to the last close. */
+static int run_disks_co(struct run *r) {
+    int ret = run_watch_signals(r);
+    for (unsigned i = 0; ret >= 0 && i < r->ndisks; i++)
+        ret = run_open_disk_co(r, i);
     if (ret >= 0)
         ret = start_control(r);
     if (ret >= 0)
-        ret = guest_co(r);
-    stop_servers_co(r);
+        ret = run_guest_co(r);
+    run_stop_servers_co(r);
     if (ret >= 0 && r->ended)
-        ret = settle_co(r, ret);
-    close_disks_co(r);
-    unwatch_signals(r);
+        ret = run_settle_co(r, ret);
+    if (ret == 0 && r->ssh_status > 0)
+        ret = r->ssh_status;
+    return ret;
+}
+
+static int run_verb_co(struct verb_ctx *ctx) {
+    struct run_args *a = ctx->args;
+    AUTO_FREE struct run *r = xcalloc(1, sizeof(*r));
+
+    *r = (struct run){.ctx = ctx,
+                      .a = a,
+                      .monitor.fd = -1,
+                      .uefi = {-1, -1},
+                      .ssh_fd = -1,
+                      .ssh_status = -1,
+                      .power_fd = -1};
+    int ret = run_modes(r);
+    if (ret == 0)
+        ret = check_machine(r);
+    if (ret == 0)
+        ret = a->print ? run_print(r) : run_disks_co(r);
+    run_close_disks_co(r);
+    run_unwatch_signals(r);
+    janitor_stop(&a->janitor);
     return ret;
 }
 
 static const char *const details[] = {
     "Boots the installed QEMU on one or more disks.  What the guest writes goes to a throw-away "
-    "overlay (--snapshot) or into the disk (--write); one of the two has to be given.  The overlay "
-    "is a file without a name in the scratch folder: its space is free again as soon as the guest "
+    "overlay (--snapshot) or into the disk (--write); one of the two has to be given, or a mode "
+    "behind the name of each disk: disk.qcow2:snapshot, data.img:write, tools.iso:ro.  (A file whose "
+    "real name ends like that is meant itself.)  The overlay is a file without a name in the scratch folder: its space is free again as soon as the guest "
     "has ended, however it ended.",
     "QEMU reaches the disks over a private socket to this process and ends with it; Ctrl-C, "
     "SIGTERM and even SIGKILL leave no process, socket or file behind.",
     "With --commit-on-exit the changes are written into the disk only when the guest ended by "
     "itself and QEMU returned 0.",
+    "With --stateless the overlay is a qcow2 file at the place that you name, made before the guest "
+    "starts and deleted after it, or kept (--keep-overlay).",
+    "With --ssh a free port of this machine is forwarded to the guest's port 22; as soon as an ssh "
+    "server greets there, ssh runs on this terminal.  The guest ends when the session does: at once "
+    "where all is thrown away, else as if its power button were pressed, and by force a minute "
+    "later.  The exit status is that of ssh then.",
     NULL};
 
 static const struct cli_example examples[] = {
@@ -538,6 +253,10 @@ static const struct cli_example examples[] = {
      "keep the changes as an overlay of their own"},
     {"strata run --snapshot --forward 2222:22 disk.qcow2 -- -device virtio-rng-pci",
      "reach the guest with ssh -p 2222 localhost; pass a device on to QEMU"},
+    {"strata run --ssh --ssh-user root --uefi disk.qcow2:snapshot data.img:write tools.iso:ro",
+     "a session in a guest with three disks"},
+    {"strata run --stateless /tmp/changes.qcow2 --monitor unix:/tmp/guest.mon disk.qcow2",
+     "changes in a file of that name, QEMU's monitor on a socket"},
     {NULL, NULL}};
 
 static const struct cli_status statuses[] = {
@@ -546,14 +265,15 @@ static const struct cli_status statuses[] = {
 const struct verb verb_run = {
     .name = "run",
     .summary = "boot a guest on disks that stay as they are, or are written",
-    .synopsis = "FILE...",
+    .synopsis = "FILE[:MODE]...",
     .pos_min = 1,
     .pos_max = -1,
     .rest = "QEMU-ARGUMENT...",
     .opts = opts,
-    .args_size = sizeof(struct args),
+    .args_size = sizeof(struct run_args),
     .details = details,
     .examples = examples,
     .statuses = statuses,
+    .prepare = run_prepare,
     .run_co = run_verb_co,
 };

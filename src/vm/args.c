@@ -9,22 +9,24 @@
  *  - `--nographic` is QEMU's own (serial console and monitor on this terminal, firmware output
  *    included), except with a kernel of the user's: then firmware has nothing to say, and without
  *    -nographic it does not draw escape codes into the log.
+ *  - A monitor of the user's takes the place of the default ones, the one behind Ctrl-A C on a
+ * serial console among them: then that console is asked for in so many words.
+ *  - Firmware and a monitor's socket reach QEMU as descriptors (fdset, chardev fd=), so no name of
+ *    theirs is parsed and the variables need no file.
  *  - `-no-reboot` is not ours to give: a guest that reboots, reboots.
  *
  * Sources: qemu-system-x86_64 7.2 `-help`, `-device virtio-blk-pci,help`; qapi/block-core.json
  * (BlockdevOptionsNbd), qapi/sockets.json (SocketAddress, "fd": a decimal number at start-up).
  */
-#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <arpa/inet.h>
 #include <sys/utsname.h>
 #include "base/bytes.h"
 #include "base/ck.h"
 #include "base/err.h"
-#include "base/size.h"
+#include "base/strbuf.h"
 #include "vm/vm.h"
 
 const char *const vm_transport_names[] = {"vhost-user", "nbd", NULL};
@@ -73,69 +75,6 @@ void vm_args_free(char **args) {
     free(args);
 }
 
-static int port_parse(const char *s, size_t len, uint16_t *out) {
-    unsigned v = 0;
-    if (len == 0 || len > 5)
-        return -EINVAL;
-    for (size_t i = 0; i < len; i++) {
-        if (!isdigit((unsigned char)s[i]))
-            return -EINVAL;
-        v = v * 10 + (unsigned)(s[i] - '0');
-    }
-    if (v == 0 || v > 65535)
-        return -EINVAL;
-    *out = (uint16_t)v;
-    return 0;
-}
-
-int vm_forward_parse(const char *text, struct vm_forward *out, struct err *e) {
-    struct vm_forward f = {.addr = "127.0.0.1"};
-    const char *guest = strrchr(text, ':');
-    const char *host = text;
-    const char *first = strchr(text, ':');
-    struct in_addr in;
-
-    if (!guest)
-        goto bad;
-    if (first != guest) {
-        size_t len = (size_t)(first - text);
-        if (len == 0 || len >= sizeof(f.addr))
-            goto bad;
-        memcpy(f.addr, text, len);
-        f.addr[len] = 0;
-        if (inet_pton(AF_INET, f.addr, &in) != 1)
-            return err_set(e, EINVAL, "forward '%s': '%s' is not an IPv4 address", text, f.addr);
-        host = first + 1;
-    }
-    if (port_parse(host, (size_t)(guest - host), &f.host) < 0 ||
-        port_parse(guest + 1, strlen(guest + 1), &f.guest) < 0)
-        goto bad;
-    *out = f;
-    return 0;
-bad:
-    err_set(e, EINVAL, "forward '%s' is not HOST:GUEST, two TCP ports from 1 to 65535", text);
-    err_hint(e, "2222:22 makes the guest's port 22 reachable at this machine's port 2222");
-    return -EINVAL;
-}
-
-char *vm_vnc_display(const char *text) {
-    return text[0] == ':' ? xasprintf("127.0.0.1%s", text) : xstrdup(text);
-}
-
-int vm_memory_parse(const char *text, uint64_t *bytes, struct err *e) {
-    uint64_t v;
-    size_t len = strlen(text);
-    int ret = size_parse(text, "memory", &v, e);
-    if (ret < 0)
-        return ret;
-    if (len && isdigit((unsigned char)text[len - 1]) && !ck_mul(v, MIB, &v))
-        v = UINT64_MAX;
-    if (v < MIB || v > 64 * TIB)
-        return err_set(e, ERANGE, "memory '%s' is not between 1 MiB and 64 TiB", text);
-    *bytes = v;
-    return 0;
-}
-
 static void add_drives(struct argv *a, const struct vm_opts *o, bool pc) {
     unsigned disk = 0, cdrom = 0;
     for (unsigned i = 0; i < o->ndrives; i++) {
@@ -151,7 +90,7 @@ static void add_drives(struct argv *a, const struct vm_opts *o, bool pc) {
         add(a, "-blockdev");
         push(a, xasprintf("driver=nbd,node-name=strata%u,server.type=fd,server.str=%d,"
                           "discard=unmap,read-only=%s",
-                          i, d->fd, d->cdrom ? "on" : "off"));
+                          i, d->fd, d->cdrom || d->read_only ? "on" : "off"));
         if (d->cdrom) {
             if (!pc && cdrom == 0)
                 add2(a, "-device", "virtio-scsi-pci");
@@ -169,19 +108,28 @@ static void add_drives(struct argv *a, const struct vm_opts *o, bool pc) {
 }
 
 static void add_net(struct argv *a, const struct vm_opts *o) {
+    AUTO_STRBUF struct strbuf nic = STRBUF_INIT;
     add(a, "-nic");
-    if (!o->net) {
+    switch (o->net.kind) {
+    case VM_NET_NONE:
         add(a, "none");
         return;
+    case VM_NET_TAP: /* it is there and configured: QEMU's scripts are for root */
+        strbuf_printf(&nic, "tap,ifname=%s,script=no,downscript=no", o->net.name);
+        break;
+    case VM_NET_BRIDGE:
+        strbuf_printf(&nic, "bridge,br=%s", o->net.name);
+        break;
+    case VM_NET_USER:
+        strbuf_puts(&nic, "user");
+        break;
     }
-    char *nic = xstrdup("user,model=virtio-net-pci");
-    for (unsigned i = 0; i < o->nforwards; i++) {
+    strbuf_puts(&nic, ",model=virtio-net-pci");
+    for (unsigned i = 0; o->net.kind == VM_NET_USER && i < o->nforwards; i++) {
         const struct vm_forward *f = &o->forwards[i];
-        char *more = xasprintf("%s,hostfwd=tcp:%s:%u-:%u", nic, f->addr, f->host, f->guest);
-        free(nic);
-        nic = more;
+        strbuf_printf(&nic, ",hostfwd=tcp:%s:%u-:%u", f->addr, f->host, f->guest);
     }
-    push(a, nic);
+    push(a, strbuf_steal(&nic));
 }
 
 static void add_display(struct argv *a, const struct vm_opts *o, bool pc) {
@@ -192,9 +140,51 @@ static void add_display(struct argv *a, const struct vm_opts *o, bool pc) {
             add2(a, "-vga", "none");
     } else if (o->nographic) {
         add(a, "-nographic");
+        if (o->monitor)
+            add2(a, "-serial", "mon:stdio");
     } else if (o->vnc) {
         add2(a, "-vnc", o->vnc);
+    } else if (o->no_terminal) {
+        add2(a, "-display", "none");
     }
+}
+
+static void add_monitors(struct argv *a, const struct vm_opts *o) {
+    const struct vm_monitor *m = o->monitor;
+    if (o->control_fd) {
+        add(a, "-chardev");
+        push(a, xasprintf("socket,id=strata-control,fd=%d", o->control_fd));
+        add2(a, "-mon", "chardev=strata-control,mode=control");
+    }
+    if (!m || m->kind == VM_MONITOR_NONE)
+        return;
+    if (m->kind == VM_MONITOR_STDIO) {
+        add2(a, "-monitor", "stdio");
+        return;
+    }
+    add(a, "-chardev");
+    if (m->kind == VM_MONITOR_UNIX)
+        push(a, xasprintf("socket,id=monitor,fd=%d,server=on,wait=off", m->fd));
+    else
+        push(a, xasprintf("socket,id=monitor,host=%s,port=%u,server=on,wait=off,telnet=%s", m->host,
+                          m->port, m->kind == VM_MONITOR_TELNET ? "on" : "off"));
+    add2(a, "-mon", "chardev=monitor,mode=readline");
+}
+
+/* Two flash chips: fdset 1 is the code, fdset 2 the variables. */
+static void add_uefi(struct argv *a, const struct vm_uefi *u) {
+    if (!u)
+        return;
+    add(a, "-add-fd");
+    push(a, xasprintf("set=1,fd=%d", u->code_fd));
+    add(a, "-add-fd");
+    push(a, xasprintf("set=2,fd=%d", u->vars_fd));
+    add2(a, "-blockdev",
+         "driver=raw,node-name=uefi-code,read-only=on,file.driver=file,"
+         "file.filename=/dev/fdset/1,file.locking=off");
+    add2(a, "-blockdev",
+         "driver=raw,node-name=uefi-vars,file.driver=file,file.filename=/dev/fdset/2,"
+         "file.locking=off");
 }
 
 static bool shares_memory(const struct vm_opts *o) {
@@ -220,7 +210,9 @@ int vm_args(const struct vm_opts *o, char ***out, struct err *e) {
     add(&a, o->qemu ? o->qemu : m->program);
     add(&a, "-no-user-config");
     add(&a, "-machine");
-    push(&a, xasprintf("%s%s", m->machine, shares_memory(o) ? ",memory-backend=memory" : ""));
+    push(&a, xasprintf("%s%s%s", m->machine, shares_memory(o) ? ",memory-backend=memory" : "",
+                       o->uefi ? ",pflash0=uefi-code,pflash1=uefi-vars" : ""));
+    add_uefi(&a, o->uefi);
     if (shares_memory(o)) {
         add(&a, "-object");
         push(&a, xasprintf("memory-backend-memfd,id=memory,share=on,size=%" PRIu64 "M",
@@ -243,6 +235,7 @@ int vm_args(const struct vm_opts *o, char ***out, struct err *e) {
     if (o->append)
         add2(&a, "-append", o->append);
     add_display(&a, o, m->pc);
+    add_monitors(&a, o);
     add_net(&a, o);
     add_drives(&a, o, m->pc);
     for (char *const *p = o->extra; p && *p; p++)
