@@ -130,6 +130,10 @@ void err_clear(struct err *e) {
     *e = (struct err)ERR_INIT;
 }
 
+int err_status(const struct err *e) {
+    return e && e->code ? -e->code : -EIO;
+}
+
 const char *err_text(const struct err *e) {
     if (!e || !e->code)
         return "no error";

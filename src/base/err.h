@@ -52,6 +52,9 @@ void err_move(struct err *dst, struct err *src);
 /* Frees and resets to "no error".  Accepts NULL. */
 void err_clear(struct err *e);
 
+/* -errno of what a call that returns no status has said; -EIO when `e` is NULL or says nothing. */
+int err_status(const struct err *e);
+
 /* The text, or the errno's own text when there is none. Never NULL. */
 const char *err_text(const struct err *e);
 

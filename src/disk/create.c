@@ -31,7 +31,7 @@ static const struct driver *storage_driver_for(const char *name, struct err *e) 
 int storage_create_co(const struct create_ctx *ctx, struct node **out, struct err *e) {
     const struct driver *drv = storage_driver_for(ctx->name, e);
     if (!drv)
-        return -e->code;
+        return err_status(e);
     struct create_ctx c = *ctx;
     if (!strncmp(c.name, "file:", 5))
         c.name += 5;

@@ -240,7 +240,7 @@ static int claimed_tree_co(struct node *n, struct open_ctx *ctx, const struct no
                            json_t **out, struct err *e) {
     AUTO_FREE char *resolved = backing_resolve(n->filename, n->backing_name, e);
     if (!resolved)
-        return -e->code;
+        return err_status(e);
     int r = gate_check(ctx->req->gate, n->filename, resolved, n->backing_name, e);
     if (r < 0)
         return r;
@@ -383,7 +383,7 @@ static int claimed_data_co(struct node *n, struct open_ctx *ctx, json_t **out, s
     AUTO_FREE char *resolved = data_file_resolve(n->filename, n->data_name, e);
     struct stat st;
     if (!resolved)
-        return -e->code;
+        return err_status(e);
     /* QEMU takes a relative name from where it runs.  With every name allowed, so does this where
      * nothing is beside the image. */
     if (ctx->req->gate == GATE_ANY && stat(resolved, &st) < 0 && errno == ENOENT &&
@@ -434,7 +434,7 @@ static int claimed_part_co(struct node *n, struct open_ctx *ctx, const char *cla
     AUTO_FREE char *resolved = data_file_resolve(n->filename, claimed, e);
     struct stat st;
     if (!resolved)
-        return -e->code;
+        return err_status(e);
     int r = gate_check(ctx->req->gate, n->filename, resolved, claimed, e);
     if (r < 0)
         return r;

@@ -20,7 +20,7 @@ int loopdev_attach(const char *file, bool read_only, bool autoclear, char *name,
     if (control < 0) {
         err_errno(e, errno, "/dev/loop-control");
         err_hint(e, "block devices need root, and the kernel's loop module");
-        return -e->code;
+        return err_status(e);
     }
     AUTO_FD int backing = open(file, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
     if (backing < 0)

@@ -343,7 +343,7 @@ static int connect_co(struct node *n, const char *path, const char *host, const 
     struct nbd_state *s = n->state;
     s->lib = nbd_lib_get(e);
     if (!s->lib)
-        return -e->code;
+        return err_status(e);
     waitq_init(&s->turn);
     s->context = s->context ? s->context : LIBNBD_CONTEXT_BASE_ALLOCATION;
     s->h = s->lib->create();

@@ -37,7 +37,7 @@ int nbd_client_tls_object(const char *id, const char *hostname, struct nbd_clien
                           struct err *e) {
     const json_t *o = nbd_tls_object(id, "client", e);
     if (!o)
-        return -e->code;
+        return err_status(e);
     const char *type = object_text(o, "qom-type"), *dir = object_text(o, "dir");
     if (hostname)
         return err_set(e, ENOTSUP,

@@ -176,7 +176,7 @@ static int mount_session(struct fuse_export *x, struct err *e) {
         err_errno(e, errno, "/dev/fuse");
         err_hint(e, "FUSE must be allowed here: load the module fuse, or pass the device into the "
                     "container");
-        return -e->code;
+        return err_status(e);
     }
     if (x->lib->session_mount(x->session, x->mountpoint) != 0) {
         err_set(e, EIO, "%s: cannot be mounted on", x->mountpoint);
@@ -227,7 +227,7 @@ int fuse_export_new_co(struct loop *loop, const struct fuse_export_opts *o,
     bool as_file;
     char *path = lib ? whole_path(o->mountpoint, &as_file, e) : NULL;
     if (!path)
-        return -e->code;
+        return err_status(e);
     struct fuse_export *x = calloc(1, sizeof(*x));
     char *name = x ? strdup(o->name ? o->name : "") : NULL;
     if (!name) {

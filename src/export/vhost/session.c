@@ -273,7 +273,7 @@ static int set_vring_fd_co(struct vhost_server *s, struct message *m, struct err
     struct vhost_queue *q = queue_of(s, m->p.u64 & VHOST_VRING_INDEX, e);
     int fd = q ? take_fd(m, e) : -2;
     if (fd < -1)
-        return -e->code;
+        return err_status(e);
     if (m->head.request == VHOST_SET_VRING_CALL) {
         replace_fd(&q->call, fd);
     } else if (m->head.request == VHOST_SET_VRING_ERR) {

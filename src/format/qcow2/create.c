@@ -373,7 +373,7 @@ static int create_data_co(const struct qcow2_create_opts *o, const char *image, 
     int prealloc = o->preallocation == PREALLOC_METADATA ? PREALLOC_OFF : o->preallocation;
     *name = data_file_resolve(image, o->data_file, e);
     if (!*name)
-        return -e->code;
+        return err_status(e);
     int r = data_file_create_co(*name, image, size, prealloc, out, e);
     if (!r && size && !((*out)->storage_flags & STORAGE_ZERO_INIT) &&
         (r = disk_zero_co(*out, 0, min_u64(size, (*out)->size), ZERO_MAY_UNMAP)) < 0)

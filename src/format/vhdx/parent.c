@@ -119,7 +119,7 @@ int vhdx_open_parent_co(struct vhdx *s, struct open_ctx *ctx, struct err *e) {
         err_set(e, ENOTSUP,
                 "a differencing image that does not say where its parent (data GUID %s) lies", id);
         err_hint(e, "name it: backing.file.filename=FILE");
-        return -e->code;
+        return err_status(e);
     }
     if (n->backing && n->backing->drv == n->drv) {
         const struct vhdx_guid *data = &vhdx_of(n->backing)->h.data_write;
@@ -165,7 +165,7 @@ static int add_pair(struct maker *m, const char *key, const char *value) {
 static int parent_guid_co(const char *image, const char *name, struct vhdx_guid *g, struct err *e) {
     AUTO_FREE char *resolved = backing_resolve(image, name, e);
     if (!resolved)
-        return -e->code;
+        return err_status(e);
     struct open_req req = {
         .name = resolved, .format = "vhdx", .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
     struct node *parent;

@@ -114,7 +114,7 @@ static int check_opts(const struct vmdk_create_opts *o, uint64_t size, struct er
 static int parent_cid_co(const char *image, const char *name, uint32_t *cid, struct err *e) {
     char *full AUTO_FREE = backing_resolve(image, name, e);
     if (!full)
-        return -e->code;
+        return err_status(e);
     struct open_req req = {
         .name = full, .flags = OPEN_NO_BACKING | OPEN_NO_DATA, .gate = GATE_NONE};
     struct node *n;
@@ -298,7 +298,7 @@ static int make_extents_co(const struct vmdk_create_opts *o, const char *image, 
                            struct text *t, struct err *e) {
     char *stem AUTO_FREE = stem_of(image, e);
     uint64_t piece = is_split(o) ? VMDK_SPLIT_BYTES : max_u64(size, VMDK_SECTOR), number = 1;
-    int r = stem ? 0 : -e->code;
+    int r = stem ? 0 : err_status(e);
     for (uint64_t at = 0; !r && (at < size || !at); at += piece, number++) {
         uint64_t part = min_u64(piece, size - at);
         char *name AUTO_FREE =

@@ -169,7 +169,7 @@ static int open_parent_co(struct node *n, struct open_ctx *ctx, struct err *e) {
         err_set(e, ENOTSUP,
                 "a differencing image that does not say where its parent (UUID %s) lies", id);
         err_hint(e, "name it: backing.file.filename=FILE");
-        return -e->code;
+        return err_status(e);
     }
     if (n->backing && n->backing->drv == n->drv &&
         memcmp(vpc_of(n->backing)->f.uuid, s->h.parent_uuid, 16)) {

@@ -21,7 +21,7 @@
 static int look_co(const char *image, const char *name, struct vpc_parent *p, struct err *e) {
     AUTO_FREE char *resolved = backing_resolve(image, name, e);
     if (!resolved)
-        return -e->code;
+        return err_status(e);
     struct open_req req = {
         .name = resolved, .format = "vpc", .flags = OPEN_NO_BACKING, .gate = GATE_NONE};
     struct node *parent;
