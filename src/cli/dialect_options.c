@@ -102,6 +102,8 @@ static bool has_row(const struct opt *table, unsigned when, const char *key) {
 static bool is_own_key(const char *format, const char *key) {
     if (!strcmp(format, "vdi") && strcmp(key, "size") && strcmp(key, "static"))
         return true;
+    if ((!strcmp(format, "vpc") || !strcmp(format, "vhdx")) && !strncmp(key, "backing_", 8))
+        return true;
     return !strcmp(key, "preallocation") && strcmp(format, "qcow2") && strcmp(format, "raw");
 }
 

@@ -345,11 +345,13 @@ snapshot -c s1 snap ; snapshot -l snap
 # command line -> why the answers differ.  Both end alike (status), but for those in STATUS.
 DIVERGENCES = {
     "create -f vdi -b base.raw -F raw x": "here a VDI image can have a parent, but only a VDI image",
+    "create -f vpc -b base.raw -F raw x": "the same of VHD",
     "compare --image-opts raw q": "7.2 looks for a node of that name",
     "rebase --backing=base.raw top.qcow2": "7.2 has no long name for -b yet",
 }
 STATUS = {
     "check -r leaks vdi": "7.2 repairs none of these",
+    "create -f cloop x 1M": "ours can",
     "check lost.qcow2": "the image can be checked without its backing file",
     "rebase -c -b base.raw -F raw top.qcow2": "7.2 has no -c yet",
     "create -f vdi -o preallocation=metadata x 1M ; info x": "ours can",

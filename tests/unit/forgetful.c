@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "base/bytes.h"
 #include "base/ck.h"
@@ -125,8 +126,8 @@ static void disk_close_co(struct node *n) {
         free(d->pending[i]);
     }
     free(d->pending);
-    free(d->now);
-    free(d->stable);
+    munmap(d->now, d->capacity);
+    munmap(d->stable, d->capacity);
 }
 
 static const struct storage_ops disk_ops = {.preadv_co = disk_read_co,
@@ -145,6 +146,16 @@ static const struct driver driver_disk = {.name = "forgetful",
                                           .reopen_co = disk_reopen_co,
                                           .storage = &disk_ops};
 
+/* Zeros that take memory where they are written; an allocator that fills what it gives would touch
+ * all of a large disk. */
+static uint8_t *room(uint64_t capacity) {
+    void *p = mmap(NULL, capacity, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED)
+        abort();
+    return p;
+}
+
 struct node *disk_new(uint64_t capacity, unsigned flags) {
     struct node *n = node_new(&driver_disk);
     struct disk *d = n->state;
@@ -152,8 +163,8 @@ struct node *disk_new(uint64_t capacity, unsigned flags) {
     n->perm = n->shared = PERM_ALL;
     n->storage_flags = STORAGE_ZERO_INIT;
     d->capacity = capacity;
-    d->now = calloc(1, capacity);
-    d->stable = calloc(1, capacity);
+    d->now = room(capacity);
+    d->stable = room(capacity);
     return n;
 }
 
