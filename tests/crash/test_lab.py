@@ -17,7 +17,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 BIN = pathlib.Path(os.environ.get("STRATA") or ROOT / "build/src/strata").parents[1] / "tests/crash"
-STATES = os.environ.get("STRATA_CRASH_STATES", "2500")
+STATES = os.environ.get("STRATA_CRASH_STATES", "2300")
 SEED = os.environ.get("STRATA_CRASH_SEED") or str(random.SystemRandom().randrange(1 << 31))
 PLANTS = re.findall(r"^X\((\w+),", (ROOT / "src/base/plants.def").read_text(), re.M)
 
@@ -74,7 +74,9 @@ def options_for(image):
 @pytest.mark.parametrize("name", workloads())
 def test_no_crash_corrupts_or_loses_what_was_flushed(name, tmp_path, peer):
     """In a sample of the states qemu-img, an independent checker, finds leaks at most too."""
-    p = lab("-n", STATES, "-s", SEED, "-d", tmp_path, "-e", str(max(1, int(STATES) // 8)), name)
+    # A stream is written once: its windows are few, and each counts for less than it may.
+    budget = 2 * int(STATES) if name == "vmdk-stream" else int(STATES)
+    p = lab("-n", str(budget), "-s", SEED, "-d", tmp_path, "-e", str(max(1, int(STATES) // 8)), name)
     print(p.stdout)
     assert p.returncode == 0, f"seed {SEED}\n{p.stdout}{p.stderr}"
     states = int(re.search(r"(\d+) states", p.stdout)[1])
