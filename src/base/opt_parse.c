@@ -267,7 +267,7 @@ int opt_parse_json(const char *text, json_t **tree, struct err *e) {
         return err_set(e, EINVAL, "the JSON text is not an object {...}");
     json_t *out = expand(raw, DEPTH_MAX, e);
     if (!out)
-        return err_status(e);
+        return e ? -e->code : -EINVAL;
     *tree = out;
     return 0;
 }

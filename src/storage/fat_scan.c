@@ -155,7 +155,7 @@ static int add_child(struct fat_tree *t, uint32_t parent, int fd, const char *na
         return err_set(e, EFBIG, "'%s' is more than %d directories deep", name, FAT_DEPTH_MAX);
     struct fat_entry *f = add_entry(t, name, e);
     if (!f)
-        return err_status(e);
+        return e ? -e->code : -ENOMEM;
     f->is_dir = is_dir;
     f->parent = parent;
     f->depth = (uint16_t)(t->v[parent].depth + 1);
