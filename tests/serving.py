@@ -66,8 +66,8 @@ class Control:
 
     def __init__(self, path):
         self.s = socket.socket(socket.AF_UNIX)
+        self.s.connect(str(path))  # with a timeout a full queue of others would be an error at once
         self.s.settimeout(60)
-        self.s.connect(str(path))
         self.f = self.s.makefile("rwb")
         assert "QMP" in json.loads(self.f.readline())
 
