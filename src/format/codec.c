@@ -123,28 +123,36 @@ static bool looks_random(const uint8_t *in, size_t len) {
     return sum < even + even / 10;
 }
 
-static ssize_t qcow2_deflate_encode(const void *in, size_t in_len, void *out, size_t out_cap) {
-    if (in_len == 0 || in_len > UINT32_MAX || out_cap > UINT32_MAX)
-        return -EINVAL;
-    if (out_cap < 2)
-        return -ENOSPC;
+/* This thread's stream, set up for one unit; the caller adds the container and the output.  NULL:
+ * no memory. */
+static struct isal_zstream *deflate_begin(const void *in, size_t in_len) {
     struct contexts *c = contexts_get();
     if (!c)
-        return -ENOMEM;
+        return NULL;
     if (!c->deflate_buf && !(c->deflate_buf = malloc(DEFLATE_LEVEL_BUF)))
-        return -ENOMEM;
+        return NULL;
     if (!c->deflate && !(c->deflate = malloc(sizeof(*c->deflate))))
-        return -ENOMEM;
-
+        return NULL;
     struct isal_zstream *s = c->deflate;
     isal_deflate_stateless_init(s);
     s->level = looks_random(in, in_len) ? DEFLATE_LEVEL_RANDOM : DEFLATE_LEVEL;
     s->level_buf = c->deflate_buf;
     s->level_buf_size = DEFLATE_LEVEL_BUF;
-    s->hist_bits = DEFLATE_WINDOW_BITS;
     s->end_of_stream = 1;
     s->next_in = (uint8_t *)in;
-    s->avail_in = in_len;
+    s->avail_in = (uint32_t)in_len;
+    return s;
+}
+
+static ssize_t qcow2_deflate_encode(const void *in, size_t in_len, void *out, size_t out_cap) {
+    if (in_len == 0 || in_len > UINT32_MAX || out_cap > UINT32_MAX)
+        return -EINVAL;
+    if (out_cap < 2)
+        return -ENOSPC;
+    struct isal_zstream *s = deflate_begin(in, in_len);
+    if (!s)
+        return -ENOMEM;
+    s->hist_bits = DEFLATE_WINDOW_BITS;
     s->next_out = out;
     s->avail_out = out_cap - 1; /* the result must be smaller than out_cap */
     int r = isal_deflate_stateless(s);
@@ -214,22 +222,10 @@ static ssize_t encode_stored(const uint8_t *in, size_t in_len, uint8_t *out) {
 static ssize_t vmdk_encode(const void *in, size_t in_len, void *out, size_t out_cap) {
     if (in_len == 0 || in_len > UINT32_MAX || out_cap > UINT32_MAX)
         return -EINVAL;
-    struct contexts *c = contexts_get();
-    if (!c)
+    struct isal_zstream *s = deflate_begin(in, in_len);
+    if (!s)
         return -ENOMEM;
-    if (!c->deflate_buf && !(c->deflate_buf = malloc(DEFLATE_LEVEL_BUF)))
-        return -ENOMEM;
-    if (!c->deflate && !(c->deflate = malloc(sizeof(*c->deflate))))
-        return -ENOMEM;
-    struct isal_zstream *s = c->deflate;
-    isal_deflate_stateless_init(s);
-    s->level = looks_random(in, in_len) ? DEFLATE_LEVEL_RANDOM : DEFLATE_LEVEL;
-    s->level_buf = c->deflate_buf;
-    s->level_buf_size = DEFLATE_LEVEL_BUF;
     s->gzip_flag = IGZIP_ZLIB;
-    s->end_of_stream = 1;
-    s->next_in = (uint8_t *)in;
-    s->avail_in = in_len;
     s->next_out = out;
     s->avail_out = out_cap < in_len ? out_cap : in_len;
     int r = isal_deflate_stateless(s);
